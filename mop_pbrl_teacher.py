@@ -1,0 +1,574 @@
+"""PBRL teachers from offline data: stage 2 of MOP (van Lith 2024, section 5.1.1).
+
+Pessimistic Bootstrapping for offline RL (Bai et al. 2022, arXiv 2202.11566) on one dataset, without the environment
+(which serves for evaluation only). Uncertainty is the disagreement of K critics, U(s, a) = std_k Q_k(s, a).
+
+  python mop_pbrl_teacher.py --task walker-walk --level medium
+
+Critic k, data rows:  y = r + gamma * (Q-_k(s', a') - beta_in * U-(s', a')),  a' = clip(pi-(s') + clip(eps, -c, c))
+Critic k, OOD rows:   y = max(Q_k(s, a~) - beta_ood * U(s, a~), 0), a~ around pi(s) and around pi(s'); stop-gradient
+           L_k = mean (Q_k - y)^2 over the data rows + the same over the OOD rows;  - = target network
+Actor, every 2nd step: maximise mean min_k Q_k(s, pi(s)).   beta_ood decays 3 -> 0.1 by 0.99995 a step.
+In:  data/<task>-<level>.npz (mop_td3_collect.py).
+Out: checkpoints/<task>-<level>-teacher.pt with actor and critics, and the run's folder under runs/.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("MUJOCO_GL", "disable")  # nothing is rendered here
+import mujoco
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from dm_control import suite
+from dm_control.utils import rewards
+from matplotlib.figure import Figure
+from mujoco.batch import Batch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+SCHEMA_VERSION = 1  # of datasets and checkpoints
+EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; training and collection stay below
+WALKER_SPEED = {"walker-stand": 0.0, "walker-walk": 1.0, "walker-run": 8.0}  # m/s, as in dm_control.suite.walker
+VERSIONS = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
+VERSIONS |= {"numpy": np.__version__, "mujoco": mujoco.__version__}
+RESUMABLE = {"resume", "run_dir", "device", "threads", "gradient_steps", "eval_episodes", "final_eval_episodes"}
+
+
+@dataclass
+class Args:
+    # experiment
+    task: str = "walker-walk"
+    """task of the dm_control suite, DOMAIN-TASK"""
+    seed: int = 1
+    """seed of the weights, the noise, the batches and the initial states"""
+    run_dir: str | None = None
+    """folder for the logs, curves and the resume point; default: runs/<script>-<task>-seed<seed>-<time>"""
+    resume: str | None = None
+    """run folder to continue; its stored arguments become the defaults"""
+    eval_every: int = 10_000
+    """steps between evaluations and resume points"""
+    eval_episodes: int = 10
+    """episodes per evaluation during training, always from the same initial states"""
+    final_eval_episodes: int = 100
+    """episodes of the evaluation stored in the checkpoint"""
+    # data
+    level: tuple[Literal["medium", "expert", "medium-replay"], ...] = ("medium",)
+    """level of the behaviour policy in the default file names"""
+    data: tuple[str, ...] = ()
+    """dataset file; default: data/<task>-<level>.npz, else the bundled one in pretrained/"""
+    output: str | None = None
+    """teacher to write; default: checkpoints/<task>-<level>-teacher.pt"""
+    overwrite: bool = False
+    """replace output files that exist"""
+    # algorithm
+    gradient_steps: int = 1_000_000
+    """updates of the critics"""
+    learning_rate: float = 1e-4
+    """Adam's, actor and critics"""
+    batch_size: int = 1024
+    """transitions per update"""
+    hidden: int = 256
+    """width of both hidden layers"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """target smoothing rate of the critics, every step (1: the online critics, as in the author's code)"""
+    actor_tau: float = 0.005
+    """target smoothing rate of the actor, every step"""
+    policy_noise: float = 0.2
+    """std of the target policy's noise"""
+    noise_clip: float = 0.5
+    """bound of the target policy's noise and of the OOD noise"""
+    policy_frequency: int = 2
+    """critic updates per actor update"""
+    num_critics: int = 5
+    """critics in the ensemble, K"""
+    num_ood: int = 3
+    """OOD actions around pi(s), and as many around pi(s')"""
+    ood_noise: float = 0.01
+    """std of the OOD actions around the policy's"""
+    beta_in: float = 0.001
+    """uncertainty penalty in the targets of the data rows"""
+    beta_ood: float = 3.0
+    """uncertainty penalty in the targets of the OOD rows, at the start"""
+    beta_ood_min: float = 0.1
+    """the same, at the end"""
+    beta_ood_decay: float = 0.99995
+    """factor of beta_ood per step"""
+    bc_coef: float = 0.0
+    """weight of a behaviour-cloning term in the actor's loss, not in the thesis (see docs/pretrained.md)"""
+    # system
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one"""
+    threads: int = 0
+    """CPU threads of torch and of the physics; 0: all cores"""
+
+
+# ---------------------------------------------------------------------------------------------------------- utilities
+def fail(message: str):
+    """One clear line on standard error, exit code 1, no traceback."""
+    raise SystemExit(f"{Path(sys.argv[0]).name}: error: {message}")
+
+
+def require_positive(args, *names: str) -> None:
+    """Fail unless every named argument is above zero."""
+    for name in names:
+        if not getattr(args, name) > 0:
+            fail(f"--{name.replace('_', '-')}: expected a positive number, found {getattr(args, name)}")
+
+
+def write_atomic(path, write) -> None:
+    """Call write(temporary file object beside path), then rename: a reader sees the old file or the whole new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except OSError as error:
+        fail(f"{path}: cannot be written ({error.strerror or error}); choose a folder you may write to")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def parse_args(cls):
+    """Command line -> (arguments, resume point or None). With --resume the run's stored arguments are the defaults."""
+    args = tyro.cli(cls, description=sys.modules[cls.__module__].__doc__)
+    if args.resume is None:
+        return args, None
+    path = Path(args.resume) / "resume.pt"
+    if not path.is_file():
+        fail(f"--resume {args.resume}: expected a run folder with resume.pt in it, found none")
+    try:
+        point = torch.load(path, map_location="cpu", weights_only=True)
+        stored = cls(**point["args"])
+    except Exception as error:
+        fail(f"{path}: not a resume point of this script ({type(error).__name__}); start the run anew")
+    args = tyro.cli(cls, default=dataclasses.replace(stored, resume=args.resume, run_dir=args.resume))
+    for field in dataclasses.fields(cls):
+        old, new = getattr(stored, field.name), getattr(args, field.name)
+        if old != new and field.name not in RESUMABLE:
+            fail(f"--{field.name.replace('_', '-')}: the run was started with {old}, it cannot go on with {new}")
+    return args, point
+
+
+def select_device(device: str, threads: int) -> torch.device:
+    """Set torch's CPU threads (0: all cores) and return the device; fail where cuda is asked for and there is none."""
+    if threads < 0:
+        fail(f"--threads: expected 0 (all cores) or more, found {threads}")
+    torch.set_num_threads(threads or os.cpu_count())
+    if device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: no CUDA device was found; use --device cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def prepare_outputs(args, name: str, outputs: list[Path]) -> Path:
+    """Create the run's folder and those of the outputs; fail where something would be overwritten or not be written."""
+    run_dir = Path(args.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if args.resume is None:
+        if run_dir.is_dir() and any(run_dir.iterdir()):
+            fail(f"--run-dir {run_dir}: not empty; continue it with --resume {run_dir} or choose another folder")
+        for path in outputs:
+            if path.exists() and not args.overwrite:
+                fail(f"{path}: exists already; pass --overwrite to replace it")
+    for folder in [run_dir, *(path.parent for path in outputs)]:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"{folder}: cannot be created ({error.strerror}); choose another folder")
+        if not os.access(folder, os.W_OK):
+            fail(f"{folder}: cannot be written; choose another folder")
+    return run_dir
+
+
+def summarize(returns: list[float]) -> dict:
+    """Mean and std over episodes, for the RESULT line."""
+    mean, std = float(np.mean(returns)), float(np.std(returns))
+    return {"mean": round(mean, 1), "std": round(std, 1), "episodes": len(returns)}
+
+
+def write_returns(run_dir: Path, rows: list, references: dict | None = None) -> None:
+    """returns.csv (step, task, episode, return) and learning_curve.png of rows (step, task, episode returns)."""
+    lines = [("step", "task", "episode", "return")]
+    lines += [(step, task, e, f"{value:.4f}") for step, task, values in rows for e, value in enumerate(values)]
+    text = "\n".join(",".join(map(str, line)) for line in lines) + "\n"
+    write_atomic(run_dir / "returns.csv", lambda file: file.write(text.encode()))
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    for i, task in enumerate(dict.fromkeys(task for _, task, _ in rows)):
+        steps = [step for step, name, _ in rows if name == task]
+        values = [np.asarray(v) for _, name, v in rows if name == task]
+        mean, std = np.array([v.mean() for v in values]), np.array([v.std() for v in values])
+        axes.plot(steps, mean, f"C{i}", marker="." if len(steps) < 20 else "", label=task)
+        axes.fill_between(steps, mean - std, mean + std, color=f"C{i}", alpha=0.2, lw=0)
+        for name, value in (references or {}).get(task, {}).items():
+            axes.axhline(value, color=f"C{i}", ls="--", label=f"{task} {name}")
+    axes.set(xlabel="step", ylabel="episode return (mean, std over episodes)", ylim=(0, None))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    write_atomic(run_dir / "learning_curve.png", lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+# -------------------------------------------------------------------------------------------------------- environment
+class LockstepEnv:
+    """n environments of one suite task, stepped together.
+
+    The walker runs in mujoco.batch on a thread pool, equal to dm_control bit for bit (tests/test_env.py); every other
+    task in n dm_control environments one after the other. Episodes end by the time limit only, after
+    `episode_length` steps: a timeout, never a termination.
+    """
+
+    def __init__(self, task: str, n: int, threads: int = 0):
+        domain, _, name = task.partition("-")
+        if (domain, name) not in suite.ALL_TASKS:
+            known = sorted(t for d, t in suite.ALL_TASKS if d == domain)
+            hint = f"the tasks of {domain} are {', '.join(known)}" if known else "for example walker-walk, cheetah-run"
+            fail(f"task {task}: expected DOMAIN-TASK of the dm_control suite; {hint}")
+        self.task, self.n = task, n
+        load = partial(suite.load, domain, name, environment_kwargs={"flat_observation": True})
+        self.envs = [load()]
+        action = self.envs[0].action_spec()
+        if not (np.all(action.minimum == -1) and np.all(action.maximum == 1) and np.isfinite(self.envs[0]._step_limit)):
+            fail(f"task {task}: expected actions in [-1, 1] and a time limit, found other bounds or no limit")
+        self.episode_length = int(self.envs[0]._step_limit)
+        self.obs_dim = self.envs[0].observation_spec()["observations"].shape[0]
+        self.action_dim = action.shape[0]
+        self.state_dim = self.envs[0].physics.get_state().shape[0]
+        if task in WALKER_SPEED:
+            self.substeps = self.envs[0]._n_sub_steps
+            self.batch = Batch(self.envs[0].physics.model.ptr, n, nthread=threads, persistent=True)
+            self.arrays = {k: self.batch.bind(k) for k in ("qpos", "qvel", "ctrl", "xmat", "xpos", "sensordata")}
+        else:
+            self.batch = None
+            self.envs += [load() for _ in range(n - 1)]
+
+    def reset(self, seeds) -> np.ndarray:
+        """Start n episodes, the i-th from dm_control's initial state for seeds[i]. Returns observations (n, obs)."""
+        observations = np.empty((self.n, self.obs_dim), np.float32)
+        for i, seed in enumerate(seeds):
+            env = self.envs[0 if self.batch else i]
+            env.task.random.seed(int(seed))
+            observations[i] = env.reset().observation["observations"]
+            if self.batch:
+                data = env.physics.data
+                self.arrays["qpos"][i], self.arrays["qvel"][i] = data.qpos, data.qvel
+                self.batch.qacc_warmstart[i] = data.qacc_warmstart
+        if self.batch:
+            self.batch.forward()
+        return observations
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """actions (n, act) in [-1, 1] -> observations (n, obs) f32, rewards (n,) f32."""
+        if not self.batch:
+            steps = [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
+            observations = np.stack([s.observation["observations"] for s in steps])
+            return observations.astype(np.float32), np.array([s.reward for s in steps], np.float32)
+        self.arrays["ctrl"][:] = actions
+        self.batch.step(nstep=self.substeps, stage=mujoco.mjtStage.mjSTAGE_VEL)  # ends like dm_control, with mj_step1
+        xmat = self.arrays["xmat"].reshape(self.n, -1, 9)  # (n, bodies, 3 x 3); body 0 is the world, body 1 the torso
+        height = self.arrays["xpos"].reshape(self.n, -1, 3)[:, 1, 2]
+        orientations = xmat[:, 1:, [0, 2]].reshape(self.n, -1)  # xx, xz
+        observations = np.concatenate([orientations, height[:, None], self.arrays["qvel"]], axis=1)
+        # PlanarWalker.get_reward of dm_control.suite.walker, on arrays
+        standing = rewards.tolerance(height, bounds=(1.2, np.inf), margin=0.6)
+        reward = (3 * standing + (1 + xmat[:, 1, 8]) / 2) / 4
+        if speed := WALKER_SPEED[self.task]:
+            velocity = self.arrays["sensordata"].reshape(self.n, -1)[:, 0]
+            bounds = {"bounds": (speed, np.inf), "margin": speed / 2}
+            move = rewards.tolerance(velocity, **bounds, value_at_margin=0.5, sigmoid="linear")
+            reward = reward * (5 * move + 1) / 6
+        return observations.astype(np.float32), reward.astype(np.float32)
+
+    def physics_state(self) -> np.ndarray:
+        """physics.get_state() of every environment, (n, state) f64."""
+        if self.batch:
+            return np.concatenate([self.arrays["qpos"], self.arrays["qvel"]], axis=1)
+        return np.stack([env.physics.get_state() for env in self.envs])
+
+
+@torch.no_grad()
+def evaluate(policy, env: LockstepEnv, device: torch.device) -> list[float]:
+    """Episode returns of env.n whole episodes from the fixed initial states; policy: (n, obs) -> (n, act) tensors."""
+    observations, returns = env.reset(EVAL_SEED + np.arange(env.n)), np.zeros(env.n)
+    for _ in range(env.episode_length):
+        actions = policy(torch.from_numpy(observations).to(device)).cpu().numpy()
+        observations, reward = env.step(actions)
+        returns += reward
+    return returns.tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------- networks
+class Actor(nn.Module):
+    """Deterministic policy, (B, in_dim) -> (B, action_dim); layer_norm: the first layer is Linear-LayerNorm-Tanh."""
+
+    def __init__(self, in_dim: int, action_dim: int, hidden: int, layer_norm: bool = False):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(in_dim, hidden),
+            *([nn.LayerNorm(hidden), nn.Tanh()] if layer_norm else [nn.ReLU()]),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, action_dim),
+            nn.Tanh(),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+class Critics(nn.Module):
+    """K independent Q-networks with stacked weights, (B, obs_dim), (B, action_dim) -> (K, B)."""
+
+    def __init__(self, k: int, obs_dim: int, action_dim: int, hidden: int, layer_norm: bool = False):
+        super().__init__()
+        self.layer_norm = layer_norm
+        sizes = [obs_dim + action_dim, hidden, hidden, 1]
+        for j, (n_in, n_out) in enumerate(pairwise(sizes), start=1):
+            layers = [nn.Linear(n_in, n_out) for _ in range(k)]  # for torch's default initialisation
+            self.register_parameter(f"w{j}", nn.Parameter(torch.stack([x.weight.detach().T for x in layers])))
+            self.register_parameter(f"b{j}", nn.Parameter(torch.stack([x.bias.detach()[None] for x in layers])))
+        if layer_norm:
+            self.scale, self.shift = nn.Parameter(torch.ones(k, 1, hidden)), nn.Parameter(torch.zeros(k, 1, hidden))
+
+    def network(self, affine, x, w1, b1, w2, b2, w3, b3, scale=None, shift=None):
+        """One critic (x: (B, in), affine: addmm) or all at once (x: (K, B, in), affine: baddbmm)."""
+        h = affine(b1, x, w1)
+        h = torch.tanh(F.layer_norm(h, h.shape[-1:]) * scale + shift) if self.layer_norm else torch.relu_(h)
+        h = torch.relu_(affine(b2, h, w2))
+        return affine(b3, h, w3).squeeze(-1)
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        x, parameters = torch.cat([obs, action], dim=-1), list(self.parameters())
+        if x.is_cuda:  # one batched product per layer; on a CPU a loop over the critics is faster
+            return self.network(torch.baddbmm, x.expand(len(self.w1), *x.shape), *parameters)
+        return torch.stack([self.network(torch.addmm, x, *weights) for weights in zip(*parameters, strict=True)])
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+def find_file(folder: str, name: str, hint: str) -> Path:
+    """folder/name, else the bundled pretrained/name beside this script (and say so); fail with the hint otherwise."""
+    if (path := Path(folder) / name).is_file():
+        return path
+    if (bundled := Path(__file__).parent / "pretrained" / name).is_file():
+        print(f"{path} is not there: using the bundled pretrained/{name}")
+        return bundled
+    fail(f"{path}: not found, nor in pretrained/; make it with: {hint}")
+
+
+def load_dataset(path, task: str | None = None) -> tuple[dict, dict]:
+    """Read and check a dataset .npz (docs/formats.md) of the task, if given -> (arrays, metadata)."""
+    if not Path(path).is_file():
+        fail(f"{path}: no such dataset; collect one with: python mop_td3_collect.py --task {task or 'TASK'}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            data = {name: file[name] for name in file.files}
+    except Exception as error:
+        fail(f"{path}: not a readable .npz dataset without pickled objects ({type(error).__name__}); collect it anew")
+    kinds = {"observations": ("f", 2), "actions": ("f", 2), "rewards": ("f", 1), "next_observations": ("f", 2)}
+    kinds |= {"terminals": ("b", 1), "timeouts": ("b", 1), "physics": ("f", 2)}
+    if missing := [name for name in [*kinds, "metadata"] if name not in data]:
+        fail(f"{path}: missing {', '.join(missing)}; expected {', '.join(kinds)} and metadata")
+    try:
+        metadata = json.loads(str(data.pop("metadata")))
+        found = metadata["schema_version"], metadata["task"]
+    except (ValueError, KeyError, TypeError):
+        fail(f"{path}: metadata is not the JSON text of a dataset of these scripts")
+    if found[0] != SCHEMA_VERSION:
+        fail(f"{path}: expected schema version {SCHEMA_VERSION}, found {found[0]}")
+    if task is not None and found[1] != task:
+        fail(f"{path}: expected data of {task}, found {found[1]}")
+    n = len(data["observations"]) if data["observations"].ndim else 0
+    for name, (kind, ndim) in kinds.items():
+        array = data[name]
+        if array.dtype.kind != kind or array.ndim != ndim:
+            wanted = f"{'float' if kind == 'f' else 'bool'} array with {ndim} dimension(s)"
+            fail(f"{path}: {name}: expected a {wanted}, found {array.dtype} with shape {array.shape}")
+        if len(array) != n or n == 0:
+            fail(f"{path}: {name}: expected {n} rows as in observations (and more than 0), found {len(array)}")
+        if kind == "f" and not np.isfinite(array).all():
+            row = int(np.argmin(np.isfinite(array.reshape(n, -1)).all(axis=1)))
+            fail(f"{path}: {name}: NaN or infinite value, first in row {row}")
+    if data["next_observations"].shape != data["observations"].shape:
+        fail(f"{path}: next_observations: expected shape {data['observations'].shape} as observations")
+    if np.abs(data["actions"]).max() > 1:
+        fail(f"{path}: actions: expected values in [-1, 1], found {np.abs(data['actions']).max():.4g} in size")
+    return data, metadata
+
+
+# ---------------------------------------------------------------------------------------------------------- algorithm
+def pbrl_critic_loss(critics, target_critics, actor, target_actor, batch, noise, beta_ood, args):
+    """PBRL's critic loss, summed over the K critics (arXiv 2202.11566, section 3; thesis 5.1.1).
+
+    batch: obs (B, obs), action (B, act), reward (B,), next_obs (B, obs), terminal (B,), which is 0 at a timeout;
+    noise: standard normal, (B, act) for the target action and (num_ood, 2B, act) for the OOD actions.
+    Returns (loss (), metrics: dict of () tensors).
+    """
+    obs, action, reward, next_obs, terminal = batch
+    target_noise, ood_noise = noise
+    clip, n = args.noise_clip, len(obs)
+    with torch.no_grad():
+        next_action = (target_actor(next_obs) + (args.policy_noise * target_noise).clamp(-clip, clip)).clamp(-1, 1)
+        next_q = target_critics(next_obs, next_action)  # (K, B)
+        target = reward + args.gamma * (1 - terminal) * (next_q - args.beta_in * next_q.std(dim=0))  # (K, B)
+        states = torch.cat([obs, next_obs])  # (2B, obs)
+        ood_noise = (args.ood_noise * ood_noise).clamp(-clip, clip)
+        ood_action = (actor(states) + ood_noise).clamp(-1, 1)  # (num_ood, 2B, act)
+    rows = torch.cat([obs, states.repeat(len(ood_noise), 1)])  # data and OOD rows in one forward
+    q = critics(rows, torch.cat([action, ood_action.flatten(0, 1)]))  # (K, B + num_ood * 2B)
+    q, ood_q = q[:, :n], q[:, n:]
+    with torch.no_grad():
+        ood_u = ood_q.std(dim=0)  # (num_ood * 2B,)
+        ood_target = (ood_q - beta_ood * ood_u).clamp(min=0)
+        metrics = {"value/q_data": q.mean(), "value/q_ood": ood_q.mean()}
+        metrics |= {"uncertainty/data": q.std(dim=0).mean(), "uncertainty/ood": ood_u.mean()}
+    in_loss = (q - target).square().mean(dim=1).sum()
+    ood_loss = (ood_q - ood_target).square().mean(dim=1).sum()
+    metrics |= {"loss/in_distribution": in_loss.detach(), "loss/ood": ood_loss.detach()}
+    return in_loss + ood_loss, metrics
+
+
+def pbrl_actor_loss(actor, critics, obs, action, bc_coef: float = 0.0) -> torch.Tensor:
+    """- mean over the batch of min_k Q_k(s, pi(s)).
+
+    With bc_coef > 0 (not in the thesis), the objective of TD3+BC (Fujimoto & Gu 2021, arXiv 2106.06860) over the same
+    pessimistic value: - mean min_k Q_k / mean |min_k Q_k| + bc_coef * mean || pi(s) - a ||^2.
+    """
+    policy = actor(obs)
+    q = critics(obs, policy).min(dim=0).values  # (B,)
+    if bc_coef == 0:
+        return -q.mean()
+    return -q.mean() / q.abs().mean().detach() + bc_coef * (policy - action).square().sum(dim=1).mean()
+
+
+def main():
+    args, point = parse_args(Args)
+
+    # validate before anything is written
+    require_positive(args, "eval_every", "eval_episodes", "final_eval_episodes", "gradient_steps", "learning_rate")
+    require_positive(args, "batch_size", "hidden", "tau", "actor_tau", "policy_frequency", "num_critics", "num_ood")
+    if len(args.level) != 1 or len(args.data) > 1:
+        fail("--level, --data: expected one value, a teacher learns one task from one dataset")
+    if args.num_critics < 2:
+        fail(f"--num-critics: expected at least 2 (the uncertainty is their disagreement), found {args.num_critics}")
+    task, level = args.task, args.level[0]
+    device = select_device(args.device, args.threads)
+    eval_env = LockstepEnv(task, args.eval_episodes, args.threads)
+    output = Path(args.output or f"checkpoints/{task}-{level}-teacher.pt")
+    hint = f"python mop_td3_collect.py --task {task}"
+    path = args.data[0] if args.data else find_file("data", f"{task}-{level}.npz", hint)
+    data, metadata = load_dataset(path, task)
+    if data["observations"].shape[1] != eval_env.obs_dim or data["actions"].shape[1] != eval_env.action_dim:
+        found = data["observations"].shape[1], data["actions"].shape[1]
+        fail(f"{path}: expected {eval_env.obs_dim} observations and {eval_env.action_dim} actions, found {found}")
+    run_dir = prepare_outputs(args, f"{Path(__file__).stem}-{task}-{level}-seed{args.seed}", [output])
+
+    # data: one row (s, a, r, s', terminal) per transition, on the device
+    columns = [eval_env.obs_dim, eval_env.action_dim, 1, eval_env.obs_dim, 1]
+    names = "observations", "actions", "rewards", "next_observations", "terminals"
+    rows_of = [data.pop(name).reshape(len(data["timeouts"]), -1) for name in names]
+    transitions = torch.from_numpy(np.concatenate(rows_of, axis=1, dtype=np.float32)).to(device)
+    behavior_return = float(np.mean(metadata["episode_returns"]))
+    del data, rows_of
+
+    # networks
+    torch.manual_seed(args.seed)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    sizes = {"obs_dim": eval_env.obs_dim, "action_dim": eval_env.action_dim, "hidden": args.hidden}
+    actor, target_actor = (Actor(*sizes.values()).to(device) for _ in range(2))
+    critics, target_critics = (Critics(args.num_critics, *sizes.values()).to(device) for _ in range(2))
+    target_actor.load_state_dict(actor.state_dict())
+    target_critics.load_state_dict(critics.state_dict())
+    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.learning_rate, fused=True)
+    critic_optimizer = torch.optim.Adam(critics.parameters(), lr=args.learning_rate, fused=True)
+
+    # resume
+    start, rows = 0, []
+    modules = {"actor": actor, "critics": critics, "target_actor": target_actor, "target_critics": target_critics}
+    modules |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
+    if point is not None:
+        start, rows = point["step"], point["rows"]
+        for name, module in modules.items():
+            module.load_state_dict(point[name])
+        generator.set_state(point["generator"])
+
+    writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
+    writer.add_text("hyperparameters", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
+    progress = tqdm(total=args.gradient_steps, initial=start, desc=f"{task} {level}", unit="step", disable=None)
+    clock = time.time()
+    for step in range(start, args.gradient_steps):
+        # sample
+        index = torch.randint(len(transitions), (args.batch_size,), generator=generator, device=device)
+        obs, action, reward, next_obs, terminal = transitions[index].split(columns, dim=1)
+        target_noise = torch.randn(action.shape, generator=generator, device=device)
+        ood_noise = torch.randn(args.num_ood, 2 * len(obs), action.shape[1], generator=generator, device=device)
+        beta_ood = max(args.beta_ood * args.beta_ood_decay**step, args.beta_ood_min)
+
+        # critics
+        batch, noise = (obs, action, reward.squeeze(1), next_obs, terminal.squeeze(1)), (target_noise, ood_noise)
+        loss, metrics = pbrl_critic_loss(critics, target_critics, actor, target_actor, batch, noise, beta_ood, args)
+        critic_optimizer.zero_grad()
+        loss.backward()
+        critic_optimizer.step()
+
+        # actor
+        if step % args.policy_frequency == 0:
+            pi_loss = pbrl_actor_loss(actor, critics, obs, action, args.bc_coef)
+            gradients = torch.autograd.grad(pi_loss, list(actor.parameters()))  # none for the critics
+            for parameter, gradient in zip(actor.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            actor_optimizer.step()
+
+        # targets
+        with torch.no_grad():
+            torch._foreach_lerp_(list(target_critics.parameters()), list(critics.parameters()), args.tau)
+            torch._foreach_lerp_(list(target_actor.parameters()), list(actor.parameters()), args.actor_tau)
+
+        # log, evaluate, save
+        progress.update()
+        now = step + 1
+        if now % 1000 == 0:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value.item(), now)
+            writer.add_scalar("beta_ood", beta_ood, now)
+            writer.add_scalar("speed/steps_per_second", (now - start) / (time.time() - clock), now)
+        if now % args.eval_every == 0 or now == args.gradient_steps:
+            returns = evaluate(actor, eval_env, device)
+            mean = float(np.mean(returns))
+            rows.append([now, task, returns])
+            writer.add_scalar(f"return/{task}", mean, now)
+            progress.set_postfix({"return": f"{mean:.0f}", "data": f"{behavior_return:.0f}"})
+            values = ", ".join(f"{name} {value.item():.3g}" for name, value in metrics.items())
+            text = f"{task} {mean:.1f} +- {np.std(returns):.1f} (data {behavior_return:.1f})"
+            progress.write(f"step {now}: {text}; {values}")
+            state = {name: module.state_dict() for name, module in modules.items()}
+            state |= {"args": vars(args), "step": now, "rows": rows, "generator": generator.get_state()}
+            write_atomic(run_dir / "resume.pt", partial(torch.save, state))
+            write_returns(run_dir, rows, {task: {"behavior": behavior_return}})
+    progress.close()
+    writer.close()
+
+    # final evaluation, checkpoint
+    returns = evaluate(actor, LockstepEnv(task, args.final_eval_episodes, args.threads), device)
+    sizes = {"in_dim": sizes["obs_dim"], **sizes, "layer_norm": False, "num_critics": args.num_critics}
+    checkpoint = {"schema_version": SCHEMA_VERSION, "kind": "teacher", "tasks": [task], "level": level}
+    checkpoint |= {"args": vars(args), "step": args.gradient_steps, "sizes": sizes, "versions": VERSIONS}
+    checkpoint |= {"actor": actor.cpu().state_dict(), "critics": critics.cpu().state_dict(), "returns": {task: returns}}
+    write_atomic(output, partial(torch.save, checkpoint))
+    summary = {**summarize(returns), "data": round(behavior_return, 1)}
+    print("RESULT", json.dumps({"returns": {task: summary}, "files": [str(output)], "run_dir": str(run_dir)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The chain collect -> teacher -> distill in processes of their own; seeds; resuming a killed run."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT, script
+
+TINY = ["--threads", 1, "--device", "cpu", "--eval-episodes", 2, "--final-eval-episodes", 3]
+TD3 = ["--task", "walker-stand", "--total-timesteps", 4000, "--eval-every", 1000, "--learning-starts", 500]
+TD3 += ["--hidden", 16, "--batch-size", 32, "--num-transitions", 2000, "--medium-return", 20, *TINY]
+STEPS = ["--gradient-steps", 120, "--eval-every", 30, "--hidden", 16, "--batch-size", 32, *TINY]
+PBRL, DISTILL = ["--task", "walker-stand", *STEPS], ["--tasks", "walker-stand", *STEPS]
+
+
+def result(process) -> dict:
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""  # no warnings, no progress bar where the output is no terminal
+    last = process.stdout.splitlines()[-1]
+    assert last.startswith("RESULT ")
+    return json.loads(last.removeprefix("RESULT "))
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """One pass of the three scripts, with default file names throughout."""
+    folder = tmp_path_factory.mktemp("chain")
+    td3 = result(script("mop_td3_collect", *TD3, "--run-dir", "runs/td3", cwd=folder))
+    pbrl = result(script("mop_pbrl_teacher", *PBRL, "--run-dir", "runs/pbrl", cwd=folder))
+    distill = result(script("mop_distill", *DISTILL, "--run-dir", "runs/distill", cwd=folder))
+    return folder, td3, pbrl, distill
+
+
+def test_files_and_formats(chain):
+    folder, td3, pbrl, distill = chain
+    assert set(td3["files"]) == {
+        *(f"checkpoints/walker-stand-{level}-behavior.pt" for level in ("medium", "expert")),
+        *(f"data/walker-stand-{level}.npz" for level in ("medium", "expert", "medium-replay")),
+    }
+    assert pbrl["files"] == ["checkpoints/walker-stand-medium-teacher.pt"]
+    for name in td3["files"] + pbrl["files"] + distill["files"]:
+        assert (folder / name).is_file()
+    for level, rows in (("medium", 2000), ("expert", 2000), ("medium-replay", None)):
+        with np.load(folder / f"data/walker-stand-{level}.npz", allow_pickle=False) as data:
+            metadata = json.loads(str(data["metadata"]))
+            shapes = {name: (data[name].shape[1:], str(data[name].dtype)) for name in data.files if name != "metadata"}
+            assert metadata["task"] == "walker-stand" and metadata["level"] == level
+            n = rows or torch.load(folder / "checkpoints/walker-stand-medium-behavior.pt", weights_only=True)["step"]
+            assert len(data["rewards"]) == n and len(metadata["episode_returns"]) == n // 1000
+            sums = data["rewards"].reshape(-1, 1000).sum(axis=1)
+            np.testing.assert_allclose(metadata["episode_returns"], sums, rtol=1e-4)
+            assert np.flatnonzero(data["timeouts"]).tolist() == list(range(999, n, 1000))
+            assert not data["terminals"].any()
+        expected = {"observations": ((24,), "float32"), "actions": ((6,), "float32"), "rewards": ((), "float32")}
+        expected |= {"next_observations": ((24,), "float32"), "terminals": ((), "bool"), "timeouts": ((), "bool")}
+        assert shapes == {**expected, "physics": ((18,), "float64")}
+    for run in ("td3", "pbrl", "distill"):
+        names = {path.name.split(".")[0] for path in (folder / "runs" / run).iterdir()}
+        assert {"returns", "learning_curve", "resume", "events"} <= names
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_rewards_in_the_files_are_those_of_dm_control(chain):
+    """The reward of each stored physics state, recomputed by dm_control's task, is the stored reward."""
+    from dm_control import suite
+
+    env = suite.load("walker", "stand", environment_kwargs={"flat_observation": True})
+    env.reset()
+    with np.load(chain[0] / "data/walker-stand-medium.npz") as data:
+        for row in range(0, 2000, 97):
+            with env.physics.reset_context():
+                env.physics.set_state(data["physics"][row])
+            assert env.task.get_reward(env.physics) == pytest.approx(data["rewards"][row], abs=1e-6)
+
+
+def test_checkpoints_describe_themselves(chain):
+    folder = chain[0]
+    files = {"behavior": "checkpoints/walker-stand-medium-behavior.pt", "student": "runs/distill/student.pt"}
+    files["teacher"] = "checkpoints/walker-stand-medium-teacher.pt"
+    for kind, name in files.items():
+        checkpoint = torch.load(folder / name, weights_only=True)
+        assert (checkpoint["kind"], checkpoint["tasks"]) == (kind, ["walker-stand"])
+        assert checkpoint["schema_version"] == 1 and checkpoint["step"] > 0
+        assert checkpoint["args"]["hidden"] == checkpoint["sizes"]["hidden"] == 16
+        assert len(checkpoint["returns"]["walker-stand"]) == 3 and checkpoint["versions"]["torch"]
+
+
+def weights(folder, name):
+    return torch.load(folder / name, weights_only=True)["actor"]
+
+
+def assert_equal_weights(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("name", ["mop_td3_collect", "mop_pbrl_teacher", "mop_distill"])
+def test_killed_and_resumed_ends_with_the_same_weights(chain, tmp_path, name):
+    """Also: a second run with the same seed gives the same weights."""
+    folder = chain[0]
+    options, output = {
+        "mop_td3_collect": (TD3, "checkpoints/walker-stand-expert-behavior.pt"),
+        "mop_pbrl_teacher": (PBRL, "checkpoints/walker-stand-medium-teacher.pt"),
+        "mop_distill": (DISTILL, "runs/distill/student.pt"),
+    }[name]
+    if name != "mop_td3_collect":
+        (tmp_path / "data").symlink_to(folder / "data")
+    if name == "mop_distill":
+        (tmp_path / "checkpoints").symlink_to(folder / "checkpoints")
+    run_dir = {"mop_td3_collect": "runs/td3", "mop_pbrl_teacher": "runs/pbrl", "mop_distill": "runs/distill"}[name]
+    command = [sys.executable, ROOT / f"{name}.py", *options, "--run-dir", run_dir]
+    process = subprocess.Popen(
+        [str(c) for c in command], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (tmp_path / run_dir / "resume.pt").is_file() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    step = torch.load(tmp_path / run_dir / "resume.pt", weights_only=True)["step"]
+    assert step < (4000 if name == "mop_td3_collect" else 120), "the run was over before it was killed"
+    result(script(name, "--resume", run_dir, cwd=tmp_path))
+    assert_equal_weights(weights(folder, output), weights(tmp_path, output))
+    assert (folder / run_dir / "returns.csv").read_text() == (tmp_path / run_dir / "returns.csv").read_text()
+    if name == "mop_td3_collect":
+        for level in ("medium", "medium-replay"):
+            with (
+                np.load(folder / f"data/walker-stand-{level}.npz") as a,
+                np.load(tmp_path / f"data/walker-stand-{level}.npz") as b,
+            ):
+                assert all(np.array_equal(a[key], b[key]) for key in a.files if key != "metadata")
+
+
+def test_another_seed_gives_other_weights(chain, tmp_path):
+    (tmp_path / "data").symlink_to(chain[0] / "data")
+    result(script("mop_pbrl_teacher", *PBRL, "--seed", 2, cwd=tmp_path))
+    name = "checkpoints/walker-stand-medium-teacher.pt"
+    a, b = weights(chain[0], name), weights(tmp_path, name)
+    assert not any(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_collecting_with_a_policy(chain, tmp_path):
+    for folder in ("data", "checkpoints"):
+        (tmp_path / folder).mkdir()
+    source = chain[0] / "checkpoints"
+    for kind, mix, name in (("behavior", "noise", "-noise"), ("teacher", "online", "-teacher-online")):
+        options = ["--policy", source / f"walker-stand-medium-{kind}.pt", "--mix", mix, "--num-transitions", 1500]
+        found = result(script("mop_td3_collect", *options, "--threads", 1, cwd=tmp_path))
+        assert found["files"] == [f"data/walker-stand-medium{name}.npz"]
+        with np.load(tmp_path / found["files"][0]) as data:
+            assert len(data["rewards"]) == 1500 and np.flatnonzero(data["timeouts"]).tolist() == [999, 1499]
+
+
+def test_a_task_of_another_domain(tmp_path):
+    """Sizes come from the environment: cartpole (5 observations, 1 action) through all three scripts."""
+    options = ["--task", "cartpole-balance", "--total-timesteps", 2000, "--eval-every", 1000, "--learning-starts", 500]
+    options += ["--hidden", 16, "--batch-size", 32, "--num-transitions", 1000, "--medium-step", 1000]
+    result(script("mop_td3_collect", *options, *TINY, cwd=tmp_path))
+    result(script("mop_pbrl_teacher", *PBRL, "--task", "cartpole-balance", cwd=tmp_path))
+    found = result(script("mop_distill", *DISTILL, "--tasks", "cartpole-balance", cwd=tmp_path))
+    assert 0 < found["returns"]["cartpole-balance"]["mean"] <= 1000

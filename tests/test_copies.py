@@ -1,0 +1,85 @@
+"""What stands in two or more scripts is the same text in each, and every flag is read."""
+
+import ast
+import collections
+
+import pytest
+
+from conftest import ROOT, SCRIPTS
+
+# name -> reason why it differs between scripts; an exception that is not needed fails
+EXCEPTIONS = {
+    "main": "each script's own loop",
+    "Args": "compared field by field",
+    "__doc__": "each script's own",
+    "RESUMABLE": "each script's own flags",
+    "Args.level": "a teacher has one task, a student several",
+    "Args.data": "a teacher has one task, a student several",
+    "Args.output": "each script writes another kind of file",
+    "Args.run_dir": "the default name holds each script's own settings",
+    "Args.eval_every": "TD3's resume points lie between two episodes",
+    "Args.learning_rate": "the student has no critics",
+    "Args.hidden": "the thesis's width for TD3 differs",
+    "Args.batch_size": "of transitions, of states per task",
+    "Args.gradient_steps": "thesis: 1M for teachers, 500k for students",
+    "Args.tau": "thesis: 1e-2 for TD3, 5e-3 for PBRL",
+    "Args.policy_noise": "thesis: 0.3 for TD3, 0.2 for PBRL",
+    "Args.noise_clip": "TD3 0.3, PBRL 0.5; in PBRL for the OOD noise, too",
+}
+
+
+def definitions(name):
+    """Every top-level function, class and constant, and every Args field (type, default, docstring), as text."""
+    text = (ROOT / f"{name}.py").read_text()
+    found = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            found[node.name] = "\n".join(text.splitlines()[first - 1 : node.end_lineno])
+        elif isinstance(node, ast.Assign):
+            found[ast.unparse(node.targets[0])] = ast.unparse(node)
+        elif isinstance(node, ast.AugAssign):
+            found[ast.unparse(node.target) + " |="] = ast.unparse(node)
+        if isinstance(node, ast.ClassDef) and node.name == "Args":
+            for field, doc in zip(node.body, node.body[1:], strict=False):
+                if isinstance(field, ast.AnnAssign):
+                    found[f"Args.{field.target.id}"] = f"{ast.unparse(field)}\n{ast.unparse(doc)}"
+    return found
+
+
+def test_shared_definitions_are_the_same_text():
+    versions = collections.defaultdict(dict)
+    for name in SCRIPTS:
+        for key, text in definitions(name).items():
+            versions[key].setdefault(text, []).append(name)
+    differ = {key for key, texts in versions.items() if len(texts) > 1}
+    unexplained = {key: list(versions[key].values()) for key in differ - EXCEPTIONS.keys()}
+    assert not unexplained, f"differ between scripts: {unexplained}"
+    unused = {key for key in EXCEPTIONS if key not in differ and key != "__doc__"}
+    assert not unused, f"exceptions without a difference: {unused}"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_standalone(name):
+    """No script imports another one, and none imports a helper module of this repository."""
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    local = {path.stem for path in ROOT.rglob("*.py")}
+    assert not {module.split(".")[0] for module in modules} & local
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_is_read_and_documented(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    cls = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    fields = {node.target.id for node in cls.body if isinstance(node, ast.AnnAssign)}
+    docs = sum(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in cls.body)
+    assert docs == len(fields)
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+    }
+    read |= {"data", "teachers"} if "getattr(args, name)" in ast.unparse(tree) and "teachers" in fields else set()
+    assert fields <= read, f"flags nobody reads: {fields - read}"

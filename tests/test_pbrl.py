@@ -1,0 +1,114 @@
+"""PBRL's losses against a plain loop written from the formulas, and the wiring of an update."""
+
+import numpy as np
+import pytest
+import torch
+
+import mop_pbrl_teacher as pbrl
+from test_td3 import plain_critic
+
+K, B, OBS, ACT, N_OOD = 4, 6, 5, 2, 3
+
+
+@pytest.fixture
+def setup():
+    torch.manual_seed(0)
+    actor, target_actor = pbrl.Actor(OBS, ACT, 16), pbrl.Actor(OBS, ACT, 16)
+    critics, target_critics = pbrl.Critics(K, OBS, ACT, 16), pbrl.Critics(K, OBS, ACT, 16)
+    terminal = torch.tensor([0.0, 0, 0, 1, 0, 0])
+    batch = torch.randn(B, OBS), torch.rand(B, ACT) * 2 - 1, torch.rand(B), torch.randn(B, OBS), terminal
+    noise = torch.randn(B, ACT), torch.randn(N_OOD, 2 * B, ACT)
+    args = pbrl.Args(num_critics=K, num_ood=N_OOD, gamma=0.9, beta_in=0.5, ood_noise=0.4, noise_clip=0.3)
+    return actor, target_actor, critics, target_critics, batch, noise, args
+
+
+def test_critic_loss_equals_a_plain_loop(setup):
+    actor, target_actor, critics, target_critics, batch, noise, args = setup
+    with torch.no_grad():
+        critics.b3 += 0.3  # so that max(., 0) cuts some of the OOD targets and not others
+    loss, metrics = pbrl.pbrl_critic_loss(critics, target_critics, actor, target_actor, batch, noise, 1.5, args)
+
+    in_loss, ood_loss, cut, uncut, uncertainties = 0.0, 0.0, 0, 0, []
+    obs, action, reward, next_obs, terminal = batch
+    for b in range(B):
+        eps = np.clip(args.policy_noise * noise[0][b].numpy(), -0.3, 0.3)
+        next_action = np.clip(target_actor(next_obs[b : b + 1])[0].detach().numpy() + eps, -1, 1)
+        next_action = torch.from_numpy(next_action)
+        q_next = np.array([plain_critic(target_critics, k, next_obs[b], next_action).item() for k in range(K)])
+        u_next = np.sqrt(((q_next - q_next.mean()) ** 2).sum() / (K - 1))
+        for k in range(K):
+            y = reward[b].item() + 0.9 * (1 - terminal[b].item()) * (q_next[k] - 0.5 * u_next)
+            in_loss += (plain_critic(critics, k, obs[b], action[b]).item() - y) ** 2 / B
+        for j in range(N_OOD):
+            for state, eps in ((obs[b], noise[1][j, b]), (next_obs[b], noise[1][j, B + b])):
+                ood = (actor(state[None])[0].detach() + (0.4 * eps).clamp(-0.3, 0.3)).clamp(-1, 1)
+                q = np.array([plain_critic(critics, k, state, ood).item() for k in range(K)])
+                uncertainties.append(q.std(ddof=1))
+                for k in range(K):
+                    y = max(q[k] - 1.5 * q.std(ddof=1), 0.0)
+                    cut, uncut = cut + (y == 0), uncut + (y > 0)
+                    ood_loss += (q[k] - y) ** 2 / (2 * B * N_OOD)
+    assert cut and uncut
+    assert metrics["loss/in_distribution"].item() == pytest.approx(in_loss, rel=1e-5)
+    assert metrics["loss/ood"].item() == pytest.approx(ood_loss, rel=1e-5)
+    assert metrics["uncertainty/ood"].item() == pytest.approx(np.mean(uncertainties), rel=1e-5)
+    assert loss.item() == pytest.approx(in_loss + ood_loss, rel=1e-5)
+
+
+def test_ood_target_is_a_constant(setup):
+    """The gradient equals the one with the targets held fixed as numbers (by finite differences on one weight)."""
+    actor, target_actor, critics, target_critics, batch, noise, args = setup
+    critics.double(), target_critics.double(), actor.double(), target_actor.double()
+    batch, noise = [x.double() for x in batch], [x.double() for x in noise]
+    loss, _ = pbrl.pbrl_critic_loss(critics, target_critics, actor, target_actor, batch, noise, 0.2, args)
+    loss.backward()
+    gradient = critics.b3.grad[1, 0, 0].item()
+    with torch.no_grad():  # d/db3_k of mean (Q_k - y)^2 with y fixed is 2 mean (Q_k - y)
+        obs, action, reward, next_obs, terminal = batch
+        next_action = (target_actor(next_obs) + (args.policy_noise * noise[0]).clamp(-0.3, 0.3)).clamp(-1, 1)
+        q_next = target_critics(next_obs, next_action)
+        y = reward + 0.9 * (1 - terminal) * (q_next - 0.5 * q_next.std(0))
+        states = torch.cat([obs, next_obs])
+        ood = (actor(states) + (0.4 * noise[1]).clamp(-0.3, 0.3)).clamp(-1, 1).reshape(-1, ACT)
+        q = critics(states.repeat(N_OOD, 1), ood)
+        shift = q - (q - 0.2 * q.std(0)).clamp(min=0)
+        expected = 2 * (critics(obs, action) - y)[1].mean() + 2 * shift[1].mean()
+    assert gradient == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_actor_loss_is_minus_the_mean_of_the_lowest_critic(setup):
+    actor, _, critics, _, batch, _, _ = setup
+    values = [min(plain_critic(critics, k, o, actor(o[None])[0]).item() for k in range(K)) for o in batch[0]]
+    assert pbrl.pbrl_actor_loss(actor, critics, batch[0], batch[1]).item() == pytest.approx(-np.mean(values), rel=1e-5)
+
+
+def test_behaviour_cloning_term(setup):
+    actor, _, critics, _, batch, _, _ = setup
+    policy = [actor(o[None])[0].detach() for o in batch[0]]
+    rows = list(zip(batch[0], policy, strict=True))
+    values = [min(plain_critic(critics, k, o, p).item() for k in range(K)) for o, p in rows]
+    clone = np.mean([((p - a) ** 2).sum().item() for p, a in zip(policy, batch[1], strict=True)])
+    expected = -np.mean(values) / np.mean(np.abs(values)) + 0.7 * clone
+    assert pbrl.pbrl_actor_loss(actor, critics, batch[0], batch[1], 0.7).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradients_reach_what_is_trained_and_nothing_else(setup):
+    actor, target_actor, critics, target_critics, batch, noise, args = setup
+    pbrl.pbrl_critic_loss(critics, target_critics, actor, target_actor, batch, noise, 1.0, args)[0].backward()
+    assert all(p.grad.flatten(1).abs().sum(dim=1).gt(0).all() for p in critics.parameters())  # every one of the K
+    assert all(p.grad is None for m in (actor, target_actor, target_critics) for p in m.parameters())
+    pbrl.pbrl_actor_loss(actor, critics, batch[0], batch[1]).backward()
+    assert all(p.grad.abs().sum() > 0 for p in actor.parameters())
+
+
+def test_target_networks_are_read(setup):
+    """The author's code updates target critics and never reads them; here each target network changes the loss."""
+    actor, target_actor, critics, target_critics, batch, noise, args = setup
+    losses = [pbrl.pbrl_critic_loss(critics, target_critics, actor, target_actor, batch, noise, 1.0, args)[0].item()]
+    for network in (target_critics, target_actor):
+        with torch.no_grad():
+            network.get_parameter("w3" if network is target_critics else "net.4.weight").mul_(2)
+        losses.append(
+            pbrl.pbrl_critic_loss(critics, target_critics, actor, target_actor, batch, noise, 1.0, args)[0].item()
+        )
+    assert len(set(losses)) == 3
