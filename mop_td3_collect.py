@@ -43,6 +43,7 @@ WALKER_SPEED = {"walker-stand": 0.0, "walker-walk": 1.0, "walker-run": 8.0}  # m
 VERSIONS = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
 VERSIONS |= {"numpy": np.__version__, "mujoco": mujoco.__version__}
 RESUMABLE = {"resume", "run_dir", "device", "threads", "total_timesteps", "eval_episodes", "final_eval_episodes"}
+RESUMABLE |= {"expert_return", "datasets", "num_transitions", "num_envs"}
 
 
 @dataclass
@@ -73,6 +74,8 @@ class Args:
     """after training: datasets to write"""
     num_transitions: int = 1_000_000
     """transitions per dataset (medium-replay has as many as training saw)"""
+    compress: bool = False
+    """smaller dataset files: deflated, physics states rounded to 28 significant bits"""
     num_envs: int = 100
     """environments stepped in lockstep while collecting"""
     medium_step: int = 1_000_000
@@ -387,10 +390,14 @@ def load_actor(checkpoint: dict, path) -> Actor:
     return actor.requires_grad_(False)
 
 
-def save_dataset(path, arrays: dict, metadata: dict) -> None:
+def save_dataset(path, arrays: dict, metadata: dict, compress: bool = False) -> None:
     """Write a dataset .npz atomically; arrays as in docs/formats.md, metadata as one JSON string."""
     metadata = {"schema_version": SCHEMA_VERSION, **metadata, "versions": VERSIONS}
-    write_atomic(path, lambda file: np.savez(file, **arrays, metadata=np.array(json.dumps(metadata))))
+    if compress:  # the last bits of the float64 states are most of what does not compress
+        mantissa, exponent = np.frexp(arrays["physics"])
+        arrays = {**arrays, "physics": np.ldexp(np.round(mantissa * 2**28) / 2**28, exponent)}
+    save = np.savez_compressed if compress else np.savez
+    write_atomic(path, lambda file: save(file, **arrays, metadata=np.array(json.dumps(metadata))))
 
 
 # ---------------------------------------------------------------------------------------------------------- algorithm
@@ -425,6 +432,13 @@ def update_medium(medium: dict | None, step: int, mean: float, actor, args) -> d
     if medium is None or abs(mean - args.medium_return) <= abs(medium["return"] - args.medium_return):
         return new
     return {**medium, "final": new["final"]}
+
+
+def is_expert(rows: list, medium: dict | None, args) -> bool:
+    """Whether training may stop: the last evaluation reached --expert-return, and the medium policy is known."""
+    if args.expert_return is None or np.mean(rows[-1][2]) < args.expert_return:
+        return False
+    return medium is not None and medium["final"]
 
 
 def collect(actor, task: str, mix: str, num_transitions: int, num_envs: int, seed: int, device, threads: int):
@@ -482,7 +496,8 @@ def write_collected(path, actor, args, task, level, mix, policy_name, device) ->
         actor, task, mix, args.num_transitions, args.num_envs, args.seed, device, args.threads
     )
     source = {"policy": policy_name, "mix": mix, "policy_episodes": plain}
-    save_dataset(path, arrays, {"task": task, "level": level, **source, "seed": args.seed, "episode_returns": returns})
+    metadata = {"task": task, "level": level, **source, "seed": args.seed, "episode_returns": returns}
+    save_dataset(path, arrays, metadata, args.compress)
     return returns
 
 
@@ -550,7 +565,7 @@ def main():
     modules |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
     if point is not None:
         start, rows, medium = point["step"], point["rows"], point["medium"]
-        done = point["reached_expert_return"] or start >= args.total_timesteps
+        done = start >= args.total_timesteps or is_expert(rows, medium, args)
         for name, module in modules.items():
             module.load_state_dict(point[name])
         generator.set_state(point["generator"])
@@ -613,15 +628,13 @@ def main():
             progress.set_postfix({"return": f"{mean:.0f}"})
             progress.write(f"step {now}: {task} {mean:.1f} +- {np.std(returns):.1f}")
             medium = update_medium(medium, now, mean, actor, args)
-            done = args.expert_return is not None and mean >= args.expert_return
-            done = done and medium is not None and medium["final"]
             replay_file.flush(), replay_physics.flush()
             state = {name: module.state_dict() for name, module in modules.items()}
             state |= {"args": vars(args), "step": now, "rows": rows, "generator": generator.get_state()}
-            state |= {"medium": medium, "reached_expert_return": done}
+            state |= {"medium": medium}
             write_atomic(run_dir / "resume.pt", partial(torch.save, state))
             write_returns(run_dir, rows)
-            if done:
+            if is_expert(rows, medium, args):
                 break
     progress.close()
     writer.close()
@@ -653,7 +666,8 @@ def main():
         arrays |= {"terminals": np.zeros(n, bool), "timeouts": ends, "physics": replay_physics[:n]}
         returns = r.reshape(-1, length).sum(axis=1, dtype=np.float64).tolist()
         source = {"policy": None, "mix": "training", "seed": args.seed, "episode_returns": returns}
-        save_dataset(datasets["medium-replay"], arrays, {"task": task, "level": "medium-replay", **source})
+        metadata = {"task": task, "level": "medium-replay", **source}
+        save_dataset(datasets["medium-replay"], arrays, metadata, args.compress)
         files.append(str(datasets["medium-replay"]))
     print("RESULT", json.dumps({"returns": result, "files": files, "run_dir": str(run_dir)}))
     if "medium" not in policies and {"medium", "medium-replay"} & set(datasets):

@@ -151,10 +151,17 @@ def test_collecting_with_a_policy(chain, tmp_path):
     source = chain[0] / "checkpoints"
     for kind, mix, name in (("behavior", "noise", "-noise"), ("teacher", "online", "-teacher-online")):
         options = ["--policy", source / f"walker-stand-medium-{kind}.pt", "--mix", mix, "--num-transitions", 1500]
-        found = result(script("mop_td3_collect", *options, "--threads", 1, cwd=tmp_path))
+        options += ["--threads", 1]
+        found = result(script("mop_td3_collect", *options, cwd=tmp_path))
         assert found["files"] == [f"data/walker-stand-medium{name}.npz"]
         with np.load(tmp_path / found["files"][0]) as data:
             assert len(data["rewards"]) == 1500 and np.flatnonzero(data["timeouts"]).tolist() == [999, 1499]
+            plain = {key: data[key] for key in data.files}
+    small = result(script("mop_td3_collect", *options, "--compress", "--output", "small.npz", cwd=tmp_path))
+    assert (tmp_path / "small.npz").stat().st_size < 0.85 * (tmp_path / found["files"][0]).stat().st_size
+    with np.load(tmp_path / small["files"][0]) as data:
+        assert all(np.array_equal(data[key], plain[key]) for key in plain if key != "physics")
+        np.testing.assert_allclose(data["physics"], plain["physics"], rtol=2**-28)
 
 
 def test_a_task_of_another_domain(tmp_path):
