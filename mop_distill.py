@@ -187,7 +187,7 @@ def write_returns(run_dir: Path, rows: list, references: dict | None = None) -> 
         axes.fill_between(steps, mean - std, mean + std, color=f"C{i}", alpha=0.2, lw=0)
         for name, value in (references or {}).get(task, {}).items():
             axes.axhline(value, color=f"C{i}", ls="--", label=f"{task} {name}")
-    axes.set(xlabel="step", ylabel="episode return (mean, std over episodes)", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="episode return (mean, std over episodes)", xlim=(0, None), ylim=(0, None))
     axes.legend()
     axes.grid(alpha=0.3)
     write_atomic(run_dir / "learning_curve.png", lambda file: figure.savefig(file, format="png", dpi=120))
@@ -498,8 +498,8 @@ def main():
             progress.write(f"step {now}: {text}, loss {loss.item():.2g}")
             state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "args": vars(args)}
             state |= {"step": now, "rows": rows, "generator": generator.get_state()}
-            write_atomic(run_dir / "resume.pt", partial(torch.save, state))
             write_returns(run_dir, rows, references)
+            write_atomic(run_dir / "resume.pt", partial(torch.save, state))
     progress.close()
     writer.close()
 

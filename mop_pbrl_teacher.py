@@ -215,7 +215,7 @@ def write_returns(run_dir: Path, rows: list, references: dict | None = None) -> 
         axes.fill_between(steps, mean - std, mean + std, color=f"C{i}", alpha=0.2, lw=0)
         for name, value in (references or {}).get(task, {}).items():
             axes.axhline(value, color=f"C{i}", ls="--", label=f"{task} {name}")
-    axes.set(xlabel="step", ylabel="episode return (mean, std over episodes)", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="episode return (mean, std over episodes)", xlim=(0, None), ylim=(0, None))
     axes.legend()
     axes.grid(alpha=0.3)
     write_atomic(run_dir / "learning_curve.png", lambda file: figure.savefig(file, format="png", dpi=120))
@@ -554,8 +554,8 @@ def main():
             progress.write(f"step {now}: {text}; {values}")
             state = {name: module.state_dict() for name, module in modules.items()}
             state |= {"args": vars(args), "step": now, "rows": rows, "generator": generator.get_state()}
+            write_returns(run_dir, rows, {task: {"data": behavior_return}})
             write_atomic(run_dir / "resume.pt", partial(torch.save, state))
-            write_returns(run_dir, rows, {task: {"behavior": behavior_return}})
     progress.close()
     writer.close()
 

@@ -215,7 +215,7 @@ def write_returns(run_dir: Path, rows: list, references: dict | None = None) -> 
         axes.fill_between(steps, mean - std, mean + std, color=f"C{i}", alpha=0.2, lw=0)
         for name, value in (references or {}).get(task, {}).items():
             axes.axhline(value, color=f"C{i}", ls="--", label=f"{task} {name}")
-    axes.set(xlabel="step", ylabel="episode return (mean, std over episodes)", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="episode return (mean, std over episodes)", xlim=(0, None), ylim=(0, None))
     axes.legend()
     axes.grid(alpha=0.3)
     write_atomic(run_dir / "learning_curve.png", lambda file: figure.savefig(file, format="png", dpi=120))
@@ -630,10 +630,10 @@ def main():
             medium = update_medium(medium, now, mean, actor, args)
             replay_file.flush(), replay_physics.flush()
             state = {name: module.state_dict() for name, module in modules.items()}
-            state |= {"args": vars(args), "step": now, "rows": rows, "generator": generator.get_state()}
-            state |= {"medium": medium}
-            write_atomic(run_dir / "resume.pt", partial(torch.save, state))
+            state |= {"args": vars(args), "step": now, "rows": rows, "medium": medium}
+            state |= {"generator": generator.get_state()}
             write_returns(run_dir, rows)
+            write_atomic(run_dir / "resume.pt", partial(torch.save, state))
             if is_expert(rows, medium, args):
                 break
     progress.close()

@@ -1,0 +1,78 @@
+"""The bundled files are what docs/pretrained.md says, and policies still earn what their checkpoints claim."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import mop_distill as distill
+import mop_td3_collect as td3
+from conftest import ROOT
+
+TASKS, LEVELS = ["walker-stand", "walker-walk"], ["medium", "expert"]
+
+
+def mean_return(name, task):
+    returns = torch.load(ROOT / "pretrained" / name, weights_only=True)["returns"][task]
+    assert len(returns) == 100
+    return np.mean(returns)
+
+
+def test_all_of_it_stays_under_20_mb():
+    assert sum(path.stat().st_size for path in (ROOT / "pretrained").iterdir()) < 20e6
+
+
+def test_behaviours_have_the_levels_of_the_thesis():
+    assert abs(mean_return("walker-stand-medium-behavior.pt", "walker-stand") - 463) <= 40
+    assert abs(mean_return("walker-walk-medium-behavior.pt", "walker-walk") - 691) <= 50
+    assert mean_return("walker-stand-expert-behavior.pt", "walker-stand") >= 950
+    assert mean_return("walker-walk-expert-behavior.pt", "walker-walk") >= 900
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_teachers_reach_their_behaviour(task, level):
+    behavior = mean_return(f"{task}-{level}-behavior.pt", task)
+    assert mean_return(f"{task}-{level}-teacher.pt", task) >= 0.95 * behavior
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("kind", ["behavior", "teacher"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_claimed_returns_are_reproduced(task, level, kind):
+    """30 of the 100 episodes anew: contacts make single episodes differ between machines, not their mean."""
+    path = ROOT / "pretrained" / f"{task}-{level}-{kind}.pt"
+    checkpoint = td3.load_checkpoint(path, (kind,), task)
+    returns = td3.evaluate(td3.load_actor(checkpoint, path), td3.LockstepEnv(task, 30), torch.device("cpu"))
+    assert np.mean(returns) == pytest.approx(np.mean(checkpoint["returns"][task][:30]), rel=0.1)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_bundled_datasets(task):
+    data, metadata = distill.load_dataset(ROOT / "pretrained" / f"{task}-medium.npz", task)
+    assert len(data["rewards"]) == 20_000 and metadata["mix"] == "online"
+    sums = data["rewards"].reshape(20, 1000).sum(axis=1)
+    np.testing.assert_allclose(sums, metadata["episode_returns"], rtol=1e-4)
+    behavior = td3.load_checkpoint(ROOT / "pretrained" / f"{task}-medium-behavior.pt", ("behavior",), task)
+    with torch.no_grad():
+        actions = td3.load_actor(behavior, "")(torch.from_numpy(data["observations"]))
+    np.testing.assert_allclose(actions, data["actions"], atol=1e-4)
+    # the reward of the stored (rounded) physics states is the stored reward
+    from dm_control import suite
+
+    env = suite.load(*task.split("-"), environment_kwargs={"flat_observation": True})
+    env.reset()
+    for row in range(0, 20_000, 501):
+        with env.physics.reset_context():
+            env.physics.set_state(data["physics"][row])
+        assert env.task.get_reward(env.physics) == pytest.approx(data["rewards"][row], abs=1e-6)
+
+
+def test_no_path_of_a_machine_in_the_files():
+    for path in (ROOT / "pretrained").iterdir():
+        if path.suffix == ".pt":
+            text = json.dumps(torch.load(path, weights_only=True)["args"])
+        else:
+            text = str(np.load(path)["metadata"])
+        assert "/home" not in text and "/tmp" not in text and "/work" not in text, path
