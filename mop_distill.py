@@ -95,10 +95,15 @@ def fail(message: str):
 
 
 def require_positive(args, *names: str) -> None:
-    """Fail unless every named argument is above zero."""
-    for name in names:
-        if not getattr(args, name) > 0:
-            fail(f"--{name.replace('_', '-')}: expected a positive number, found {getattr(args, name)}")
+    """Fail unless every named argument is above 0, every other number is 0 or more, and gamma and tau are at most 1."""
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in names and not value > 0:
+            fail(f"{flag}: expected a positive number, found {value}")
+        if isinstance(value, int | float) and not value >= 0:
+            fail(f"{flag}: expected 0 or more, found {value}")
+        if name in ("gamma", "tau", "actor_tau") and value > 1:
+            fail(f"{flag}: expected at most 1, found {value}")
 
 
 def write_atomic(path, write) -> None:
@@ -139,8 +144,6 @@ def parse_args(cls):
 
 def select_device(device: str, threads: int) -> torch.device:
     """Set torch's CPU threads (0: all cores) and return the device; fail where cuda is asked for and there is none."""
-    if threads < 0:
-        fail(f"--threads: expected 0 (all cores) or more, found {threads}")
     torch.set_num_threads(threads or os.cpu_count())
     if device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device was found; use --device cpu")
@@ -326,9 +329,9 @@ def load_dataset(path, task: str | None = None) -> tuple[dict, dict]:
         fail(f"{path}: missing {', '.join(missing)}; expected {', '.join(kinds)} and metadata")
     try:
         metadata = json.loads(str(data.pop("metadata")))
-        found = metadata["schema_version"], metadata["task"]
+        found = metadata["schema_version"], metadata["task"], float(np.mean(metadata["episode_returns"]))
     except (ValueError, KeyError, TypeError):
-        fail(f"{path}: metadata is not the JSON text of a dataset of these scripts")
+        fail(f"{path}: metadata: expected JSON text with schema_version, task and episode_returns (docs/formats.md)")
     if found[0] != SCHEMA_VERSION:
         fail(f"{path}: expected schema version {SCHEMA_VERSION}, found {found[0]}")
     if task is not None and found[1] != task:
@@ -408,8 +411,8 @@ def main():
     args, point = parse_args(Args)
 
     # validate before anything is written
-    require_positive(args, "eval_every", "eval_episodes", "final_eval_episodes", "gradient_steps", "learning_rate")
-    require_positive(args, "batch_size", "hidden")
+    positive = ["eval_every", "eval_episodes", "final_eval_episodes", "gradient_steps", "learning_rate", "batch_size"]
+    require_positive(args, *positive, "hidden")
     tasks, m = args.tasks, len(args.tasks)
     for name in ("data", "teachers"):
         if len(getattr(args, name)) not in (0, m):

@@ -123,10 +123,15 @@ def fail(message: str):
 
 
 def require_positive(args, *names: str) -> None:
-    """Fail unless every named argument is above zero."""
-    for name in names:
-        if not getattr(args, name) > 0:
-            fail(f"--{name.replace('_', '-')}: expected a positive number, found {getattr(args, name)}")
+    """Fail unless every named argument is above 0, every other number is 0 or more, and gamma and tau are at most 1."""
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in names and not value > 0:
+            fail(f"{flag}: expected a positive number, found {value}")
+        if isinstance(value, int | float) and not value >= 0:
+            fail(f"{flag}: expected 0 or more, found {value}")
+        if name in ("gamma", "tau", "actor_tau") and value > 1:
+            fail(f"{flag}: expected at most 1, found {value}")
 
 
 def write_atomic(path, write) -> None:
@@ -167,8 +172,6 @@ def parse_args(cls):
 
 def select_device(device: str, threads: int) -> torch.device:
     """Set torch's CPU threads (0: all cores) and return the device; fail where cuda is asked for and there is none."""
-    if threads < 0:
-        fail(f"--threads: expected 0 (all cores) or more, found {threads}")
     torch.set_num_threads(threads or os.cpu_count())
     if device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device was found; use --device cpu")
@@ -522,8 +525,8 @@ def main():
         return collect_only(args)
 
     # validate before anything is written
-    require_positive(args, "eval_every", "eval_episodes", "final_eval_episodes", "num_transitions", "num_envs")
-    require_positive(args, "total_timesteps", "learning_rate", "batch_size", "hidden", "tau", "policy_frequency")
+    positive = ["eval_every", "eval_episodes", "final_eval_episodes", "num_transitions", "num_envs", "total_timesteps"]
+    require_positive(args, *positive, "learning_rate", "batch_size", "hidden", "tau", "policy_frequency")
     task, length = args.task, (env := LockstepEnv(args.task, 1, threads=1)).episode_length
     for name in ("eval_every", "total_timesteps"):  # so that every resume point lies between two episodes
         if getattr(args, name) % length:
