@@ -519,7 +519,8 @@ def main():
     write_atomic(output, partial(torch.save, checkpoint))
     summary = {task: {**summarize(v), "teacher": round(references[task]["teacher"], 1)} for task, v in returns.items()}
     files = [str(output), str(run_dir / "returns.csv"), str(run_dir / "learning_curve.png")]
-    print("RESULT", json.dumps({"returns": summary, "files": files, "run_dir": str(run_dir)}))
+    result = {"returns": summary, "files": files}
+    print("RESULT", json.dumps({**result, "run_dir": str(run_dir), "seconds": round(time.time() - clock)}))
 
 
 if __name__ == "__main__":

@@ -570,7 +570,8 @@ def main():
     checkpoint |= {"actor": actor.cpu().state_dict(), "critics": critics.cpu().state_dict(), "returns": {task: returns}}
     write_atomic(output, partial(torch.save, checkpoint))
     summary = {**summarize(returns), "data": round(behavior_return, 1)}
-    print("RESULT", json.dumps({"returns": {task: summary}, "files": [str(output)], "run_dir": str(run_dir)}))
+    result = {"returns": {task: summary}, "files": [str(output)]}
+    print("RESULT", json.dumps({**result, "run_dir": str(run_dir), "seconds": round(time.time() - clock)}))
 
 
 if __name__ == "__main__":

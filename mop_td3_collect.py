@@ -672,7 +672,8 @@ def main():
         metadata = {"task": task, "level": "medium-replay", **source}
         save_dataset(datasets["medium-replay"], arrays, metadata, args.compress)
         files.append(str(datasets["medium-replay"]))
-    print("RESULT", json.dumps({"returns": result, "files": files, "run_dir": str(run_dir)}))
+    result = {"returns": result, "files": files}
+    print("RESULT", json.dumps({**result, "run_dir": str(run_dir), "seconds": round(time.time() - clock)}))
     if "medium" not in policies and {"medium", "medium-replay"} & set(datasets):
         best = max(np.mean(values) for _, _, values in rows)
         fail(f"--medium-return {args.medium_return}: never reached (best {best:.1f}), no medium files were written")
