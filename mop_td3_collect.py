@@ -631,7 +631,8 @@ def main():
             progress.set_postfix({"return": f"{mean:.0f}"})
             progress.write(f"step {now}: {task} {mean:.1f} +- {np.std(returns):.1f}")
             medium = update_medium(medium, now, mean, actor, args)
-            replay_file.flush(), replay_physics.flush()
+            replay_file.flush()
+            replay_physics.flush()
             state = {name: module.state_dict() for name, module in modules.items()}
             state |= {"args": vars(args), "step": now, "rows": rows, "medium": medium}
             state |= {"generator": generator.get_state()}
