@@ -16,6 +16,8 @@ import json
 import os
 import sys
 import time
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -111,14 +113,14 @@ def write_atomic(path, write) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
     except OSError as error:
         fail(f"{path}: cannot be written ({error.strerror or error}); choose a folder you may write to")
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def parse_args(cls):
@@ -150,6 +152,16 @@ def select_device(device: str, threads: int) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def make_folder(folder: Path) -> None:
+    """Create the folder; fail where that, or writing in it, is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{folder}: cannot be created ({error.strerror}); choose another folder")
+    if not os.access(folder, os.W_OK):
+        fail(f"{folder}: cannot be written; choose another folder")
+
+
 def prepare_outputs(args, name: str, outputs: list[Path]) -> Path:
     """Create the run's folder and those of the outputs; fail where something would be overwritten or not be written."""
     run_dir = Path(args.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -160,12 +172,7 @@ def prepare_outputs(args, name: str, outputs: list[Path]) -> Path:
             if path.exists() and not args.overwrite:
                 fail(f"{path}: exists already; pass --overwrite to replace it")
     for folder in [run_dir, *(path.parent for path in outputs)]:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"{folder}: cannot be created ({error.strerror}); choose another folder")
-        if not os.access(folder, os.W_OK):
-            fail(f"{folder}: cannot be written; choose another folder")
+        make_folder(folder)
     return run_dir
 
 
@@ -359,7 +366,8 @@ def load_checkpoint(path, kinds: tuple[str, ...], task: str | None = None) -> di
     if not Path(path).is_file():
         fail(f"{path}: no such checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of torch on odd pickles; the line below says it
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         fail(f"{path}: not a readable checkpoint, or one with pickled objects (refused); {type(error).__name__}")
     if not isinstance(checkpoint, dict) or "schema_version" not in checkpoint:

@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -139,14 +140,14 @@ def write_atomic(path, write) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
     except OSError as error:
         fail(f"{path}: cannot be written ({error.strerror or error}); choose a folder you may write to")
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def parse_args(cls):
@@ -178,6 +179,16 @@ def select_device(device: str, threads: int) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def make_folder(folder: Path) -> None:
+    """Create the folder; fail where that, or writing in it, is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{folder}: cannot be created ({error.strerror}); choose another folder")
+    if not os.access(folder, os.W_OK):
+        fail(f"{folder}: cannot be written; choose another folder")
+
+
 def prepare_outputs(args, name: str, outputs: list[Path]) -> Path:
     """Create the run's folder and those of the outputs; fail where something would be overwritten or not be written."""
     run_dir = Path(args.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -188,12 +199,7 @@ def prepare_outputs(args, name: str, outputs: list[Path]) -> Path:
             if path.exists() and not args.overwrite:
                 fail(f"{path}: exists already; pass --overwrite to replace it")
     for folder in [run_dir, *(path.parent for path in outputs)]:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"{folder}: cannot be created ({error.strerror}); choose another folder")
-        if not os.access(folder, os.W_OK):
-            fail(f"{folder}: cannot be written; choose another folder")
+        make_folder(folder)
     return run_dir
 
 
