@@ -41,7 +41,7 @@ EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; traini
 WALKER_SPEED = {"walker-stand": 0.0, "walker-walk": 1.0, "walker-run": 8.0}  # m/s, as in dm_control.suite.walker
 VERSIONS = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
 VERSIONS |= {"numpy": np.__version__, "mujoco": mujoco.__version__}
-RESUMABLE = {"resume", "run_dir", "device", "threads", "gradient_steps", "eval_episodes", "final_eval_episodes"}
+RESUMABLE = {"device", "threads", "gradient_steps", "eval_episodes", "final_eval_episodes"}
 
 
 @dataclass
@@ -136,11 +136,11 @@ def parse_args(cls):
         stored = cls(**point["args"])
     except Exception as error:
         fail(f"{path}: not a resume point of this script ({type(error).__name__}); start the run anew")
-    args = tyro.cli(cls, default=dataclasses.replace(stored, resume=args.resume, run_dir=args.resume))
-    for field in dataclasses.fields(cls):
-        old, new = getattr(stored, field.name), getattr(args, field.name)
-        if old != new and field.name not in RESUMABLE:
-            fail(f"--{field.name.replace('_', '-')}: the run was started with {old}, it cannot go on with {new}")
+    stored = dataclasses.replace(stored, resume=args.resume, run_dir=args.resume)
+    args = tyro.cli(cls, default=stored)
+    for name, old in vars(stored).items():
+        if getattr(args, name) != old and name not in RESUMABLE:
+            fail(f"--{name.replace('_', '-')}: the run was started with {old}, --resume cannot change that")
     return args, point
 
 

@@ -44,7 +44,7 @@ EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; traini
 WALKER_SPEED = {"walker-stand": 0.0, "walker-walk": 1.0, "walker-run": 8.0}  # m/s, as in dm_control.suite.walker
 VERSIONS = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
 VERSIONS |= {"numpy": np.__version__, "mujoco": mujoco.__version__}
-RESUMABLE = {"resume", "run_dir", "device", "threads", "total_timesteps", "eval_episodes", "final_eval_episodes"}
+RESUMABLE = {"device", "threads", "total_timesteps", "eval_episodes", "final_eval_episodes"}
 RESUMABLE |= {"expert_return", "datasets", "num_transitions", "num_envs"}
 
 
@@ -164,11 +164,11 @@ def parse_args(cls):
         stored = cls(**point["args"])
     except Exception as error:
         fail(f"{path}: not a resume point of this script ({type(error).__name__}); start the run anew")
-    args = tyro.cli(cls, default=dataclasses.replace(stored, resume=args.resume, run_dir=args.resume))
-    for field in dataclasses.fields(cls):
-        old, new = getattr(stored, field.name), getattr(args, field.name)
-        if old != new and field.name not in RESUMABLE:
-            fail(f"--{field.name.replace('_', '-')}: the run was started with {old}, it cannot go on with {new}")
+    stored = dataclasses.replace(stored, resume=args.resume, run_dir=args.resume)
+    args = tyro.cli(cls, default=stored)
+    for name, old in vars(stored).items():
+        if getattr(args, name) != old and name not in RESUMABLE:
+            fail(f"--{name.replace('_', '-')}: the run was started with {old}, --resume cannot change that")
     return args, point
 
 
@@ -566,6 +566,12 @@ def main():
 
     # replay buffer: one row (s, a, r, s') per step in a mapped file, never overwritten: a resume point needs no copy
     columns = [env.obs_dim, env.action_dim, 1, env.obs_dim]
+    for name, row_bytes in (("replay.f32", 4 * sum(columns)), ("replay_physics.f64", 8 * env.state_dim)):
+        size = (run_dir / name).stat().st_size if (run_dir / name).is_file() else 0
+        if point is not None and size < point["step"] * row_bytes:
+            fail(
+                f"{run_dir / name}: expected the replay buffer of {point['step']} steps, found less; start the run anew"
+            )
     mode, n = "w+" if point is None else "r+", args.total_timesteps
     replay_file = np.memmap(run_dir / "replay.f32", np.float32, mode, shape=(n, sum(columns)))
     replay_physics = np.memmap(run_dir / "replay_physics.f64", np.float64, mode, shape=(n, env.state_dim))

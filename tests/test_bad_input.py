@@ -209,6 +209,27 @@ def test_resuming_with_another_network_is_refused(run_main, tmp_path):
     assert_refused(run_main(pbrl, "--resume", "run"), "resume.pt", "not a resume point")
 
 
+def test_resuming_without_the_replay_buffer_is_refused(run_main, tmp_path):
+    options = [
+        "--total-timesteps",
+        1000,
+        "--eval-every",
+        1000,
+        "--learning-starts",
+        990,
+        "--hidden",
+        8,
+        "--run-dir",
+        "run",
+    ]
+    options += ["--batch-size", 4, "--eval-episodes", 1, "--final-eval-episodes", 1, "--datasets", "expert"]
+    run_main(td3, "--task", "walker-stand", *options, "--num-transitions", 1000)
+    replay = tmp_path / "run/replay.f32"
+    replay.write_bytes(replay.read_bytes()[:-8])
+    assert_refused(run_main(td3, "--resume", "run", "--total-timesteps", 2000), "replay.f32", "1000 steps")
+    assert_refused(run_main(td3, "--resume", "run", "--run-dir", "other"), "--run-dir", "--resume cannot change")
+
+
 def test_as_a_user_sees_it(tmp_path):
     """In a process of its own: one line on standard error, nothing else, no traceback."""
     process = script("mop_pbrl_teacher", "--task", "walker-stand", "--data", "none.npz", cwd=tmp_path)
