@@ -96,7 +96,7 @@ def fail(message: str):
     raise SystemExit(f"{Path(sys.argv[0]).name}: error: {message}")
 
 
-def require_positive(args, *names: str) -> None:
+def check_numbers(args, *names: str) -> None:
     """Fail unless every named argument is above 0, every other number is 0 or more, and gamma and tau are at most 1."""
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')}"
@@ -420,7 +420,7 @@ def main():
 
     # validate before anything is written
     positive = ["eval_every", "eval_episodes", "final_eval_episodes", "gradient_steps", "learning_rate", "batch_size"]
-    require_positive(args, *positive, "hidden")
+    check_numbers(args, *positive, "hidden")
     tasks, m = args.tasks, len(args.tasks)
     for name in ("data", "teachers"):
         if len(getattr(args, name)) not in (0, m):

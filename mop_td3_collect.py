@@ -124,7 +124,7 @@ def fail(message: str):
     raise SystemExit(f"{Path(sys.argv[0]).name}: error: {message}")
 
 
-def require_positive(args, *names: str) -> None:
+def check_numbers(args, *names: str) -> None:
     """Fail unless every named argument is above 0, every other number is 0 or more, and gamma and tau are at most 1."""
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')}"
@@ -514,7 +514,7 @@ def write_collected(path, actor, args, task, level, mix, policy_name, device) ->
 
 def collect_only(args: Args) -> None:
     """--policy: roll out one checkpoint and write one dataset."""
-    require_positive(args, "num_transitions", "num_envs")
+    check_numbers(args, "num_transitions", "num_envs")
     checkpoint = load_checkpoint(args.policy, ("behavior", "teacher"))
     task, level, stem = checkpoint["tasks"][0], checkpoint["level"], Path(args.policy).stem.removesuffix("-behavior")
     mix = "" if args.mix == "online" and checkpoint["kind"] == "behavior" else f"-{args.mix}"
@@ -535,7 +535,7 @@ def main():
 
     # validate before anything is written
     positive = ["eval_every", "eval_episodes", "final_eval_episodes", "num_transitions", "num_envs", "total_timesteps"]
-    require_positive(args, *positive, "learning_rate", "batch_size", "hidden", "tau", "policy_frequency")
+    check_numbers(args, *positive, "learning_rate", "batch_size", "hidden", "tau", "policy_frequency")
     task, length = args.task, (env := LockstepEnv(args.task, 1, threads=1)).episode_length
     for name in ("eval_every", "total_timesteps"):  # so that every resume point lies between two episodes
         if getattr(args, name) % length:

@@ -91,6 +91,24 @@ def test_checkpoints_describe_themselves(chain):
         assert len(checkpoint["returns"]["walker-stand"]) == 3 and checkpoint["versions"]["torch"]
 
 
+@pytest.mark.parametrize("run, target", [("td3", "critics"), ("td3", "actor"), ("pbrl", "critics"), ("pbrl", "actor")])
+def test_targets_follow_and_lag(chain, run, target):
+    """After training a target network is neither the initial network (same seed) nor the online one."""
+    import mop_pbrl_teacher as pbrl
+
+    point = torch.load(chain[0] / f"runs/{run}/resume.pt", weights_only=True)
+    norm, k = run == "td3", 2 if run == "td3" else 5
+    torch.manual_seed(1)  # the order of construction in the scripts
+    if run == "td3":
+        initial = {"actor": pbrl.Actor(24, 6, 16, norm), "critics": pbrl.Critics(k, 24, 6, 16, norm)}
+    else:
+        actors = [pbrl.Actor(24, 6, 16) for _ in range(2)]
+        initial = {"actor": actors[0], "critics": pbrl.Critics(k, 24, 6, 16)}
+    for name, start in initial[target].state_dict().items():
+        moved, online = point[f"target_{target}"][name], point[target][name]
+        assert 0 < (moved - start).norm() < (online - start).norm(), name
+
+
 def weights(folder, name):
     return torch.load(folder / name, weights_only=True)["actor"]
 
