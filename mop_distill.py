@@ -1,14 +1,19 @@
-"""Distil one teacher per task into one multi-task student, offline: stage 3 of MOP (van Lith 2024, section 5.1.3).
+"""Distil one teacher per task into one multi-task student, offline: stage 3 of MOP (van Lith 2024, 5.1.3, 5.2, 6.3).
 
   python mop_distill.py --loss mse --hidden 64
 
-Student pi^S(s, i): an MLP that reads the state and the task id. Teachers pi_i^T are frozen, so their actions over the
-datasets are computed once. Per step one batch of every task, in one forward pass:
+Student pi^S(s, i): an MLP that reads the state and the task id. Teachers pi_i^T are frozen, so what they say about the
+datasets is computed once. Per step one batch of every task, in one forward pass; L is a mean over tasks i and states s:
 
-  mse:  L = mean over tasks i and states s of D_i of  || pi_i^T(s) - pi^S(s, i) ||_2^2
+  mse:  || pi_i^T(s) - pi^S(s, i) ||_2^2
+  q:    - min_k Q_{i,k}^T(s, pi^S(s, i))
+  kl:   KL( N(mu^S, Sigma^S) || N(mu_i^T, Sigma_i^T) ), Gaussian teachers (mop_pbrl_teacher.py --actor gaussian)
+  + reg_lambda * sum over hidden layers j of  L_rank(l_j(s, i), l_j(s, i')),  i' the other task; L_rank one of ndcg,
+        pairwise, listwise
 
 In:  per task data/<task>-<level>.npz and checkpoints/<task>-<level>-teacher.pt, else the bundled ones in pretrained/.
-Out: student.pt, returns.csv, learning_curve.png and TensorBoard logs in the run's folder under runs/.
+Out: student.pt, returns.csv, learning_curve.png, tau.csv (per-state Kendall's tau of the hidden layers between task
+ids) and TensorBoard logs in the run's folder under runs/.
 """
 
 import dataclasses
@@ -17,9 +22,11 @@ import os
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +35,7 @@ import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import tyro
 from dm_control import suite
 from dm_control.utils import rewards
@@ -66,15 +74,23 @@ class Args:
     """level of the behaviour policy in the default file names; one, or one per task"""
     data: tuple[str, ...] = ()
     """dataset files, one per task; default: data/<task>-<level>.npz, else the bundled one in pretrained/"""
+    states: tuple[str, ...] = ("offline",)
+    """offline: the states of the datasets; online: of the teachers' own trajectories; or .npz files, one per task"""
     teachers: tuple[str, ...] = ()
-    """teacher checkpoints, one per task; default: checkpoints/<task>-<level>-teacher.pt, else the bundled one"""
+    """teacher checkpoints, one per task; default: checkpoints/<task>-<level>-teacher.pt (kl: -teacher-gaussian.pt)"""
     output: str | None = None
     """file to write instead of the default one"""
     overwrite: bool = False
     """replace output files that exist"""
     # algorithm
-    loss: Literal["mse"] = "mse"
-    """distillation loss"""
+    loss: Literal["mse", "q", "kl"] = "mse"
+    """distillation loss; kl needs Gaussian teachers"""
+    regularizer: Literal["none", "ndcg", "pairwise", "listwise"] = "none"
+    """ranking loss between a hidden layer's activations under the own and under another task id"""
+    reg_lambda: float = 100.0
+    """weight of the regularizer"""
+    task_encoding: Literal["number", "onehot"] = "number"
+    """how the student reads the task id: as one number, or as one flag per task"""
     gradient_steps: int = 500_000
     """updates"""
     learning_rate: float = 1e-4
@@ -259,19 +275,26 @@ class LockstepEnv:
             return observations.astype(np.float32), np.array([s.reward for s in steps], np.float32)
         self.arrays["ctrl"][:] = actions
         self.batch.step(nstep=self.substeps, stage=mujoco.mjtStage.mjSTAGE_VEL)  # ends like dm_control, with mj_step1
-        xmat = self.arrays["xmat"].reshape(self.n, -1, 9)  # (n, bodies, 3 x 3); body 0 is the world, body 1 the torso
+        return self.walker_observations(), self.walker_rewards()
+
+    def walker_observations(self) -> np.ndarray:
+        """OrientationsHeightVelocities of dm_control.suite.walker, on arrays: (n, 24) f32."""
+        orientations = self.arrays["xmat"].reshape(self.n, -1, 9)[:, 1:, [0, 2]]  # xx, xz; body 0 is the world
+        height = self.arrays["xpos"].reshape(self.n, -1, 3)[:, 1, 2:]  # body 1 is the torso
+        parts = orientations.reshape(self.n, -1), height, self.arrays["qvel"]
+        return np.concatenate(parts, axis=1).astype(np.float32)
+
+    def walker_rewards(self) -> np.ndarray:
+        """PlanarWalker.get_reward of dm_control.suite.walker, on arrays: (n,) f32."""
         height = self.arrays["xpos"].reshape(self.n, -1, 3)[:, 1, 2]
-        orientations = xmat[:, 1:, [0, 2]].reshape(self.n, -1)  # xx, xz
-        observations = np.concatenate([orientations, height[:, None], self.arrays["qvel"]], axis=1)
-        # PlanarWalker.get_reward of dm_control.suite.walker, on arrays
-        standing = rewards.tolerance(height, bounds=(1.2, np.inf), margin=0.6)
-        reward = (3 * standing + (1 + xmat[:, 1, 8]) / 2) / 4
+        upright = (1 + self.arrays["xmat"].reshape(self.n, -1, 9)[:, 1, 8]) / 2
+        reward = (3 * rewards.tolerance(height, bounds=(1.2, np.inf), margin=0.6) + upright) / 4
         if speed := WALKER_SPEED[self.task]:
             velocity = self.arrays["sensordata"].reshape(self.n, -1)[:, 0]
             bounds = {"bounds": (speed, np.inf), "margin": speed / 2}
             move = rewards.tolerance(velocity, **bounds, value_at_margin=0.5, sigmoid="linear")
             reward = reward * (5 * move + 1) / 6
-        return observations.astype(np.float32), reward.astype(np.float32)
+        return reward.astype(np.float32)
 
     def physics_state(self) -> np.ndarray:
         """physics.get_state() of every environment, (n, state) f64."""
@@ -293,21 +316,59 @@ def evaluate(policy, env: LockstepEnv, device: torch.device) -> list[float]:
 
 # ----------------------------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
-    """Deterministic policy, (B, in_dim) -> (B, action_dim); layer_norm: the first layer is Linear-LayerNorm-Tanh."""
+    """Policy, (B, in_dim) -> actions (B, action_dim) in [-1, 1]; layer_norm: the first layer is Linear-LayerNorm-Tanh.
 
-    def __init__(self, in_dim: int, action_dim: int, hidden: int, layer_norm: bool = False):
+    log_std: the two bounds of a Gaussian policy's log std; such a policy's mean is its deterministic action.
+    """
+
+    def __init__(self, in_dim: int, action_dim: int, hidden: int, layer_norm: bool = False, log_std=None):
         super().__init__()
+        self.log_std = log_std
         self.net = nn.Sequential(
             nn.Linear(in_dim, hidden),
             *([nn.LayerNorm(hidden), nn.Tanh()] if layer_norm else [nn.ReLU()]),
             nn.Linear(hidden, hidden),
             nn.ReLU(),
-            nn.Linear(hidden, action_dim),
+            nn.Linear(hidden, 2 * action_dim if log_std else action_dim),
             nn.Tanh(),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net(x)
+        return self.net(x).chunk(2, dim=-1)[0] if self.log_std else self.net(x)
+
+    def gaussian(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log std of the diagonal Gaussian, (B, action_dim) each."""
+        mean, unit = self.net(x).chunk(2, dim=-1)
+        low, high = self.log_std
+        return mean, low + (high - low) * (unit + 1) / 2
+
+
+class Critics(nn.Module):
+    """K independent Q-networks with stacked weights, (B, obs_dim), (B, action_dim) -> (K, B)."""
+
+    def __init__(self, k: int, obs_dim: int, action_dim: int, hidden: int, layer_norm: bool = False):
+        super().__init__()
+        self.layer_norm = layer_norm
+        sizes = [obs_dim + action_dim, hidden, hidden, 1]
+        for j, (n_in, n_out) in enumerate(pairwise(sizes), start=1):
+            layers = [nn.Linear(n_in, n_out) for _ in range(k)]  # for torch's default initialisation
+            self.register_parameter(f"w{j}", nn.Parameter(torch.stack([x.weight.detach().T for x in layers])))
+            self.register_parameter(f"b{j}", nn.Parameter(torch.stack([x.bias.detach()[None] for x in layers])))
+        if layer_norm:
+            self.scale, self.shift = nn.Parameter(torch.ones(k, 1, hidden)), nn.Parameter(torch.zeros(k, 1, hidden))
+
+    def network(self, affine, x, w1, b1, w2, b2, w3, b3, scale=None, shift=None):
+        """One critic (x: (B, in), affine: addmm) or all at once (x: (K, B, in), affine: baddbmm)."""
+        h = affine(b1, x, w1)
+        h = torch.tanh(F.layer_norm(h, h.shape[-1:]) * scale + shift) if self.layer_norm else torch.relu_(h)
+        h = torch.relu_(affine(b2, h, w2))
+        return affine(b3, h, w3).squeeze(-1)
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        x, parameters = torch.cat([obs, action], dim=-1), list(self.parameters())
+        if x.is_cuda:  # one batched product per layer; on a CPU a loop over the critics is faster
+            return self.network(torch.baddbmm, x.expand(len(self.w1), *x.shape), *parameters)
+        return torch.stack([self.network(torch.addmm, x, *weights) for weights in zip(*parameters, strict=True)])
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -388,31 +449,168 @@ def load_actor(checkpoint: dict, path) -> Actor:
     """The frozen policy of a checkpoint."""
     sizes = checkpoint["sizes"]
     try:
-        actor = Actor(sizes["in_dim"], sizes["action_dim"], sizes["hidden"], sizes["layer_norm"])
+        options = {"layer_norm": sizes["layer_norm"], "log_std": sizes.get("log_std")}
+        actor = Actor(sizes["in_dim"], sizes["action_dim"], sizes["hidden"], **options)
         actor.load_state_dict(checkpoint["actor"])
     except (KeyError, RuntimeError, TypeError) as error:
         fail(f"{path}: weights and sizes do not fit together ({str(error).splitlines()[0]})")
     return actor.requires_grad_(False)
 
 
+def load_critics(checkpoint: dict, path) -> Critics:
+    """The frozen critics of a teacher's checkpoint."""
+    sizes = checkpoint["sizes"]
+    try:
+        critics = Critics(sizes["num_critics"], sizes["obs_dim"], sizes["action_dim"], sizes["hidden"])
+        critics.load_state_dict(checkpoint["critics"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        fail(f"{path}: critics and sizes do not fit together ({str(error).splitlines()[0]})")
+    return critics.requires_grad_(False)
+
+
 # ---------------------------------------------------------------------------------------------------------- algorithm
-def student_input(obs: torch.Tensor, task_id: int) -> torch.Tensor:
-    """States with the task id as one more number: (B, obs_dim) -> (B, obs_dim + 1)."""
-    return torch.cat([obs, obs.new_full((len(obs), 1), task_id)], dim=1)
+def add_task(obs: torch.Tensor, task_id: int, onehot: int = 0) -> torch.Tensor:
+    """States with the task id as one more number, (B, obs_dim) -> (B, obs_dim + 1), or as one of `onehot` flags."""
+    code = F.one_hot(torch.tensor(task_id), onehot) if onehot else torch.tensor([task_id])
+    return torch.cat([obs, code.to(obs).expand(len(obs), -1)], dim=1)
 
 
 def mse_loss(student, x, teacher_action) -> torch.Tensor:
-    """Mean over rows of || pi^T(s) - pi^S(s, i) ||^2, summed over action dimensions (thesis 5.1.3).
+    """|| pi^T(s) - pi^S(s, i) ||^2, summed over action dimensions (thesis 5.1.3). Rows x: (R, in_dim) -> (R,)."""
+    return (teacher_action - student(x)).square().sum(dim=1)
 
-    x: (m * B, obs_dim + 1), as many rows of each of the m tasks, so that the mean over rows is the mean over tasks.
+
+def q_loss(student, x, critics, obs_dim: int) -> torch.Tensor:
+    """- min_k Q_{i,k}^T(s, pi^S(s, i)) (thesis 5.1.3). Rows x: (R, in_dim), as many per task, in order -> (R,)."""
+    parts = zip(critics, x[:, :obs_dim].chunk(len(critics)), student(x).chunk(len(critics)), strict=True)
+    return -torch.cat([critic(obs, action).min(dim=0).values for critic, obs, action in parts])
+
+
+def kl_loss(student, x, teacher_mean, teacher_log_std) -> torch.Tensor:
+    """KL(student || teacher) of diagonal Gaussians, summed over action dimensions. Rows x: (R, in_dim) -> (R,).
+
+    Thesis 5.1.3; its last line has the sign of the log term reversed, torch.distributions agrees with this one.
     """
-    return (teacher_action - student(x)).square().sum(dim=1).mean()
+    mean, log_std = student.gaussian(x)
+    log_ratio = 2 * (log_std - teacher_log_std)  # ln(var_S / var_T)
+    distance = (teacher_mean - mean).square() * (-2 * teacher_log_std).exp()
+    return 0.5 * (log_ratio.exp() + distance - 1 - log_ratio).sum(dim=1)
+
+
+def hidden_layers(actor: Actor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activations of both hidden layers after the ReLU, (B, hidden) each."""
+    first = actor.net[:2](x)
+    return first, actor.net[2:4](first)
+
+
+def ndcg_loss(x, y) -> torch.Tensor:
+    """- NDCG of the scores y in the order of x, (R, n) -> (R,). An order has no gradient: it flows through y only."""
+    discount = 1 / torch.log2(torch.arange(2, y.shape[1] + 2, dtype=y.dtype, device=y.device))
+    gain = y.gather(1, x.argsort(dim=1, descending=True, stable=True)) @ discount
+    return -gain / (y.sort(dim=1, descending=True).values @ discount).clamp(min=1e-8)
+
+
+def listwise_loss(x, y) -> torch.Tensor:
+    """Softmax cross-entropy, - sum_i softmax(y)_i log softmax(x)_i, (R, n) -> (R,)."""
+    return -(y.softmax(dim=1) * x.log_softmax(dim=1)).sum(dim=1)
+
+
+class PairwiseLoss(torch.autograd.Function):
+    """sum_ij log(1 + exp(-(x_i - x_j) (y_i - y_j))), (R, n) -> (R,).
+
+    The (R, n, n) terms are made a few rows at a time and their gradient with them: memory stays that of x and y. With
+    s_ij = sigmoid(-(x_i - x_j) (y_i - y_j)), d/dx_i = - 2 sum_j s_ij (y_i - y_j), and the same for y.
+    """
+
+    @staticmethod
+    def forward(ctx, x, y):
+        losses, gradients = [], []
+        for a, b in zip(x.split(16), y.split(16), strict=True):  # (r, n)
+            products = (a[:, :, None] - a[:, None, :]) * (b[:, :, None] - b[:, None, :])  # (r, n, n)
+            losses.append(F.softplus(-products).sum(dim=(1, 2)))
+            s = torch.sigmoid_(products.neg_())
+            sums = s @ torch.stack([torch.ones_like(a), a, b], dim=2)  # sum_j s_ij, s_ij x_j, s_ij y_j: (r, n, 3)
+            gradients.append(-2 * torch.stack([sums[..., 0] * b - sums[..., 2], sums[..., 0] * a - sums[..., 1]]))
+        ctx.save_for_backward(*torch.cat(gradients, dim=1))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(grad[:, None] * gradient for gradient in ctx.saved_tensors)
+
+
+RANKING_LOSSES = {"ndcg": ndcg_loss, "pairwise": PairwiseLoss.apply, "listwise": listwise_loss}
+
+
+def ranking_regularizer(ranking_loss, student, x, others) -> torch.Tensor:
+    """sum over hidden layers j of L_rank(l_j(s, i), l_j(s, i')), mean over the other ids i' (thesis 6.3.2) -> (R,).
+
+    x: (R, in_dim) rows under their own task id; others: the same rows under each of the other ids.
+    """
+    own = hidden_layers(student, x)
+    pairs = [pair for other in others for pair in zip(own, hidden_layers(student, other), strict=True)]
+    return sum(ranking_loss(a, b) for a, b in pairs) / len(others)
+
+
+def tied_pairs(first: np.ndarray) -> np.ndarray:
+    """first (R, n): True where a run of equal values begins -> number of pairs within the runs, (R,)."""
+    position = np.arange(first.shape[1], dtype=np.int32)
+    return (position - np.maximum.accumulate(np.where(first, position, 0), axis=1)).sum(axis=1, dtype=np.int64)
+
+
+def kendall_tau(x: np.ndarray, y: np.ndarray, threads: int = 0, rows: int = 512) -> tuple[np.ndarray, np.ndarray]:
+    """Kendall's tau-a and tau-b between rows of x and y: (R, n) f32 -> (R,), (R,) f64. tau-b of a constant row is NaN.
+
+    Knight's method (1966): sorted by x, ties by y, the discordant pairs are the inversions of y. Sorting is numpy's, on
+    64-bit keys (value, rank); inversions are counted by comparing ranks, one byte each, `rows` rows at a time.
+    """
+    n = x.shape[1]
+    rank_type = np.uint8 if n <= 256 else np.uint16
+
+    def keys(values, low):  # float32 -> an unsigned integer of the same order, above `low`
+        bits = (values + np.float32(0)).view(np.uint32)  # + 0: no negative zero
+        return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)).astype(np.uint64) << np.uint64(32) | low
+
+    def first_of_run(ordered):
+        return np.concatenate([np.ones((len(ordered), 1), bool), ordered[:, 1:] != ordered[:, :-1]], axis=1)
+
+    def block(start):
+        a, b = (np.ascontiguousarray(v[start : start + rows], np.float32) for v in (x, y))
+        ordered = np.sort(keys(b, np.arange(n, dtype=np.uint64)), axis=1)
+        first = first_of_run(ordered >> np.uint64(32))
+        y_ties, rank = tied_pairs(first), np.empty(ordered.shape, np.uint64)
+        dense = first.cumsum(axis=1, dtype=np.uint64) - np.uint64(1)
+        np.put_along_axis(rank, (ordered & np.uint64(0xFFFFFFFF)).astype(np.intp), dense, axis=1)
+        ordered = np.sort(keys(a, rank), axis=1)
+        x_ties, both_ties = tied_pairs(first_of_run(ordered >> np.uint64(32))), tied_pairs(first_of_run(ordered))
+        sequence = np.ascontiguousarray((ordered & np.uint64(0xFFFFFFFF)).astype(rank_type).T)  # (n, R)
+        discordant, above = np.zeros(len(a), np.int64), np.empty(sequence.shape, bool)
+        for i in range(n - 1):
+            np.greater(sequence[i], sequence[i + 1 :], out=above[i + 1 :])
+            discordant += np.add.reduce(above[i + 1 :], axis=0, dtype=rank_type)
+        pairs = n * (n - 1) // 2
+        difference = pairs - x_ties - y_ties + both_ties - 2 * discordant  # concordant - discordant
+        with np.errstate(invalid="ignore"):
+            return difference / pairs, difference / np.sqrt((pairs - x_ties).astype(float) * (pairs - y_ties))
+
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        a, b = zip(*pool.map(block, range(0, len(x), rows)), strict=True)
+    return np.concatenate(a), np.concatenate(b)
 
 
 @torch.no_grad()
-def teacher_actions(teacher: Actor, obs: torch.Tensor, chunk: int = 65_536) -> torch.Tensor:
-    """The teacher's actions over a whole dataset, (N, obs_dim) -> (N, action_dim)."""
-    return torch.cat([teacher(part) for part in obs.split(chunk)])
+def layer_taus(student: Actor, own: torch.Tensor, others: list[torch.Tensor], threads: int) -> np.ndarray:
+    """Per-state tau-a and tau-b of each hidden layer, own id against the others: (2 layers, 2 taus, B x others)."""
+    layers = [hidden_layers(student, x) for x in (own, *others)]  # ids x layers x (B, hidden)
+    arrays = [[activation.cpu().numpy() for activation in pair] for pair in layers]
+    taus = [[kendall_tau(a, b, threads) for a, b in zip(arrays[0], other, strict=True)] for other in arrays[1:]]
+    return np.concatenate(taus, axis=-1)  # over the others
+
+
+@torch.no_grad()
+def in_parts(function, obs: torch.Tensor, rows: int = 65_536) -> torch.Tensor:
+    """function applied to a whole dataset, some rows at a time."""
+    return torch.cat([function(part) for part in obs.split(rows)])
 
 
 def main():
@@ -427,6 +625,13 @@ def main():
             fail(f"--{name}: expected one file per task ({m}: {', '.join(tasks)}), found {len(getattr(args, name))}")
     if m < 1 or len(set(tasks)) < m or len(args.level) not in (1, m):
         fail(f"--tasks, --level: expected distinct tasks, and one level or one per task, found {tasks}, {args.level}")
+    offline, online = args.states == ("offline",), args.states == ("online",)
+    if not (offline or online) and (len(args.states) != m or args.data):
+        fail(f"--states: expected offline, online, or one file per task ({m}) and no --data, found {args.states}")
+    if online and args.data:
+        fail("--states online: the states are those of the teachers' trajectories, --data would not be read")
+    if m == 1 and args.regularizer != "none":
+        fail("--regularizer: expected two or more tasks, it compares a layer under two task ids")
     levels = args.level * m if len(args.level) == 1 else args.level
     device = select_device(args.device, args.threads)
     eval_envs = [LockstepEnv(task, args.eval_episodes, args.threads) for task in tasks]
@@ -435,42 +640,65 @@ def main():
         if (env.obs_dim, env.action_dim) != (obs_dim, action_dim):
             fail(f"--tasks: {env.task} has other observation or action sizes than {tasks[0]}; expected equal ones")
 
-    # teachers and states: one table row (s, i, teacher's action) per state, all tasks below one another, on the device
-    tables, references = [], {}
+    # teachers and states: one table row (s, i, what the teacher says) per state, all tasks below one another
+    onehot = m if args.task_encoding == "onehot" else 0
+    in_dim, kind = obs_dim + (onehot or 1), "teacher-gaussian" if args.loss == "kl" else "teacher"
+    tables, critics, references, log_std = [], [], {}, None
     for i, (task, level) in enumerate(zip(tasks, levels, strict=True)):
-        hint = f"python mop_td3_collect.py --task {task}"
-        data_path = args.data[i] if args.data else find_file("data", f"{task}-{level}.npz", hint)
         hint = f"python mop_pbrl_teacher.py --task {task} --level {level}"
-        name = f"{task}-{level}-teacher.pt"
+        hint += " --actor gaussian" if args.loss == "kl" else ""
+        name = f"{task}-{level}-{kind}.pt"
         teacher_path = args.teachers[i] if args.teachers else find_file("checkpoints", name, hint)
         checkpoint = load_checkpoint(teacher_path, ("teacher",), task)
         teacher = load_actor(checkpoint, teacher_path).to(device)
-        data, _ = load_dataset(data_path, task)
+        if args.loss == "q":
+            critics.append(load_critics(checkpoint, teacher_path).to(device))
+        if args.loss == "kl" and (teacher.log_std is None or (i and list(teacher.log_std) != list(log_std))):
+            found = "a deterministic one" if teacher.log_std is None else f"log std in {teacher.log_std}, not {log_std}"
+            fail(f"{teacher_path}: expected Gaussian teachers of one kind, found {found}; make it with: {hint}")
+        log_std = teacher.log_std if args.loss == "kl" else None
+        if offline:
+            hint = f"python mop_td3_collect.py --task {task}"
+            data_path = args.data[i] if args.data else find_file("data", f"{task}-{level}.npz", hint)
+        elif online:
+            hint = f"python mop_td3_collect.py --policy {teacher_path} --mix online"
+            data_path = find_file("data", f"{Path(teacher_path).stem}-online.npz", hint)
+        else:
+            data_path = args.states[i]
+        data, _ = load_dataset(data_path, None if data_path in args.states else task)
         if data["observations"].shape[1] != checkpoint["sizes"]["in_dim"] or checkpoint["sizes"]["in_dim"] != obs_dim:
             found = f"{data['observations'].shape[1]} in {data_path}, {checkpoint['sizes']['in_dim']} in {teacher_path}"
             fail(f"{task}: expected observations of {obs_dim} values, found {found}")
         obs = torch.from_numpy(data["observations"].astype(np.float32, copy=False)).to(device)
-        tables.append(torch.cat([student_input(obs, i), teacher_actions(teacher, obs)], dim=1))
+        columns = [add_task(obs, i, onehot)]
+        if args.loss == "mse":
+            columns.append(in_parts(teacher, obs))
+        elif args.loss == "kl":
+            columns.append(in_parts(lambda part: torch.cat(teacher.gaussian(part), dim=1), obs))
+        tables.append(torch.cat(columns, dim=1))
         references[task] = {"teacher": float(np.mean(checkpoint["returns"][task]))}
         print(f"task {i}: {task}, {len(obs)} states, teacher's return {references[task]['teacher']:.1f}")
-    sizes, table = [len(part) for part in tables], torch.cat(tables)
-    offsets = np.cumsum([0, *sizes[:-1]]).tolist()
-    del tables, data, obs
+    counts, table = [len(part) for part in tables], torch.cat(tables)
+    offsets = np.cumsum([0, *counts[:-1]]).tolist()
+    del tables, data, obs, columns
 
-    name = f"{Path(__file__).stem}-{args.loss}-{args.hidden}-{'+'.join(dict.fromkeys(levels))}-seed{args.seed}"
+    name = args.loss + ("" if args.regularizer == "none" else f"-{args.regularizer}")
+    name = f"{Path(__file__).stem}-{name}-{args.hidden}-{'+'.join(dict.fromkeys(levels))}-seed{args.seed}"
     run_dir = prepare_outputs(args, name, [Path(args.output)] if args.output else [])
     output = Path(args.output or run_dir / "student.pt")
 
     # network
     torch.manual_seed(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
-    student = Actor(obs_dim + 1, action_dim, args.hidden).to(device)
+    sizes = {"in_dim": in_dim, "action_dim": action_dim, "hidden": args.hidden}
+    options = {"layer_norm": False, "log_std": log_std}
+    student = Actor(*sizes.values(), **options).to(device)
     optimizer = torch.optim.Adam(student.parameters(), lr=args.learning_rate, fused=True)
 
     # resume
-    start, rows = 0, []
+    start, rows, tau_rows = 0, [], []
     if point is not None:
-        start, rows = point["step"], point["rows"]
+        start, rows, tau_rows = point["step"], point["rows"], point["tau_rows"]
         student.load_state_dict(point["student"])
         optimizer.load_state_dict(point["optimizer"])
         generator.set_state(point["generator"])
@@ -482,11 +710,22 @@ def main():
     for step in range(start, args.gradient_steps):
         # sample a batch of every task
         shape, keywords = (args.batch_size,), {"generator": generator, "device": device}
-        index = [torch.randint(o, o + n, shape, **keywords) for o, n in zip(offsets, sizes, strict=True)]
-        x, teacher_action = table[torch.cat(index)].split([obs_dim + 1, action_dim], dim=1)
+        index = [torch.randint(o, o + n, shape, **keywords) for o, n in zip(offsets, counts, strict=True)]
+        x, label = table[torch.cat(index)].tensor_split([in_dim], dim=1)
 
         # student
-        loss = mse_loss(student, x, teacher_action)
+        if args.loss == "mse":
+            losses = mse_loss(student, x, label)
+        elif args.loss == "q":
+            losses = q_loss(student, x, critics, obs_dim)
+        else:
+            losses = kl_loss(student, x, *label.chunk(2, dim=1))
+        loss = losses.mean()
+        if args.regularizer != "none":
+            batches = x[:, :obs_dim].chunk(m)
+            others = [torch.cat([add_task(batches[i], (i + k) % m, onehot) for i in range(m)]) for k in range(1, m)]
+            rank_loss = ranking_regularizer(RANKING_LOSSES[args.regularizer], student, x, others).mean()
+            loss = loss + args.reg_lambda * rank_loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -495,21 +734,42 @@ def main():
         progress.update()
         now = step + 1
         if now % 1000 == 0:
-            writer.add_scalar("loss/distillation", loss.item(), now)
+            for task, part in zip(tasks, losses.detach().chunk(m), strict=True):
+                writer.add_scalar(f"loss/{args.loss}/{task}", part.mean().item(), now)
+            if args.regularizer != "none":
+                writer.add_scalar(f"loss/{args.regularizer}", rank_loss.item(), now)
             writer.add_scalar("speed/steps_per_second", (now - start) / (time.time() - clock), now)
         if now % args.eval_every == 0 or now == args.gradient_steps:
-            means = {}
+            texts = []
             for i, env in enumerate(eval_envs):
-                returns = evaluate(lambda obs: student(student_input(obs, i)), env, device)
+                visited = []
+
+                def policy(obs):
+                    visited.append(obs)
+                    return student(add_task(obs, i, onehot))
+
+                returns = evaluate(policy, env, device)
                 rows.append([now, env.task, returns])
-                means[env.task] = float(np.mean(returns))
-                writer.add_scalar(f"return/{env.task}", means[env.task], now)
-            progress.set_postfix({task: f"{mean:.0f}" for task, mean in means.items()})
-            text = ", ".join(f"{task} {v:.1f} (teacher {references[task]['teacher']:.1f})" for task, v in means.items())
-            progress.write(f"step {now}: {text}, loss {loss.item():.2g}")
+                mean, teacher_return = float(np.mean(returns)), references[env.task]["teacher"]
+                writer.add_scalar(f"return/{env.task}", mean, now)
+                texts.append(f"{env.task} {mean:.1f} (teacher {teacher_return:.1f})")
+                if m > 1:
+                    ids = [i, *(j for j in range(m) if j != i)]
+                    own, *others = [add_task(torch.cat(visited), j, onehot) for j in ids]
+                    taus = layer_taus(student, own, others, args.threads)  # (2 layers, tau-a and tau-b, states)
+                    for layer, (tau_a, tau_b) in enumerate(taus, start=1):
+                        values = tau_a.mean(), tau_a.std(), np.nanmean(tau_b)
+                        tau_rows.append([now, env.task, layer, *map(float, values)])
+                        writer.add_scalar(f"tau_layer{layer}/{env.task}", values[0], now)
+                    texts[-1] += f" tau {taus[0, 0].mean():.2f}, {taus[1, 0].mean():.2f}"
+            progress.set_postfix({task: f"{np.mean(r):.0f}" for _, task, r in rows[-m:]})
+            progress.write(f"step {now}: {'; '.join(texts)}; loss {loss.item():.2g}")
             state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "args": vars(args)}
-            state |= {"step": now, "rows": rows, "generator": generator.get_state()}
+            state |= {"step": now, "rows": rows, "tau_rows": tau_rows, "generator": generator.get_state()}
             write_returns(run_dir, rows, references)
+            lines = [("step", "task", "layer", "tau_a_mean", "tau_a_std", "tau_b_mean"), *tau_rows]
+            text = "\n".join(",".join(map(str, line)) for line in lines) + "\n"
+            write_atomic(run_dir / "tau.csv", lambda file: file.write(text.encode()))
             write_atomic(run_dir / "resume.pt", partial(torch.save, state))
     progress.close()
     writer.close()
@@ -518,16 +778,18 @@ def main():
     returns = {}
     for i, task in enumerate(tasks):
         env = LockstepEnv(task, args.final_eval_episodes, args.threads)
-        returns[task] = evaluate(lambda obs: student(student_input(obs, i)), env, device)
-    sizes = {"in_dim": obs_dim + 1, "obs_dim": obs_dim, "action_dim": action_dim, "hidden": args.hidden}
-    sizes |= {"layer_norm": False, "task_encoding": "number"}
+        returns[task] = evaluate(lambda obs: student(add_task(obs, i, onehot)), env, device)
+    sizes |= {**options, "obs_dim": obs_dim, "task_encoding": args.task_encoding}
     checkpoint = {"schema_version": SCHEMA_VERSION, "kind": "student", "tasks": list(tasks), "level": list(levels)}
     checkpoint |= {"args": vars(args), "step": args.gradient_steps, "sizes": sizes, "versions": VERSIONS}
     checkpoint |= {"actor": student.cpu().state_dict(), "returns": returns}
     write_atomic(output, partial(torch.save, checkpoint))
     summary = {task: {**summarize(v), "teacher": round(references[task]["teacher"], 1)} for task, v in returns.items()}
-    files = [str(output), str(run_dir / "returns.csv"), str(run_dir / "learning_curve.png")]
+    files = [str(output), *(str(run_dir / name) for name in ("returns.csv", "learning_curve.png", "tau.csv"))]
     result = {"returns": summary, "files": files}
+    if m > 1:
+        last = [row for row in tau_rows if row[0] == args.gradient_steps]
+        result["tau"] = {task: [round(row[3], 3) for row in last if row[1] == task] for task in tasks}
     print("RESULT", json.dumps({**result, "run_dir": str(run_dir), "seconds": round(time.time() - clock)}))
 
 

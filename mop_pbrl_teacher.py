@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 SCHEMA_VERSION = 1  # of datasets and checkpoints
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; training and collection stay below
+LOG_STD = {"deterministic": None, "gaussian": (-5.0, 0.0), "gaussian-tanh": (-1.0, 1.0)}  # bounds
 WALKER_SPEED = {"walker-stand": 0.0, "walker-walk": 1.0, "walker-run": 8.0}  # m/s, as in dm_control.suite.walker
 VERSIONS = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
 VERSIONS |= {"numpy": np.__version__, "mujoco": mujoco.__version__}
@@ -52,6 +53,8 @@ class Args:
     # experiment
     task: str = "walker-walk"
     """task of the dm_control suite, DOMAIN-TASK"""
+    tasks: tuple[str, ...] = ()
+    """naive multi-task PBRL on these tasks instead: one actor that reads the task id, critics per task"""
     seed: int = 1
     """seed of the weights, the noise, the batches and the initial states"""
     run_dir: str | None = None
@@ -66,14 +69,16 @@ class Args:
     """episodes of the evaluation stored in the checkpoint"""
     # data
     level: tuple[Literal["medium", "expert", "medium-replay"], ...] = ("medium",)
-    """level of the behaviour policy in the default file names"""
+    """level of the behaviour policy in the default file names; one, or one per task"""
     data: tuple[str, ...] = ()
-    """dataset file; default: data/<task>-<level>.npz, else the bundled one in pretrained/"""
+    """dataset files, one per task; default: data/<task>-<level>.npz, else the bundled one in pretrained/"""
     output: str | None = None
-    """teacher to write; default: checkpoints/<task>-<level>-teacher.pt"""
+    """checkpoint to write; default: checkpoints/<task>-<level>-teacher.pt, -teacher-gaussian.pt or -naive.pt"""
     overwrite: bool = False
     """replace output files that exist"""
     # algorithm
+    actor: Literal["deterministic", "gaussian", "gaussian-tanh"] = "deterministic"
+    """gaussian: log std in [-5, 0]; gaussian-tanh: in [-1, 1] as in the author's code (the std stays above 0.36)"""
     gradient_steps: int = 1_000_000
     """updates of the critics"""
     learning_rate: float = 1e-4
@@ -286,19 +291,26 @@ class LockstepEnv:
             return observations.astype(np.float32), np.array([s.reward for s in steps], np.float32)
         self.arrays["ctrl"][:] = actions
         self.batch.step(nstep=self.substeps, stage=mujoco.mjtStage.mjSTAGE_VEL)  # ends like dm_control, with mj_step1
-        xmat = self.arrays["xmat"].reshape(self.n, -1, 9)  # (n, bodies, 3 x 3); body 0 is the world, body 1 the torso
+        return self.walker_observations(), self.walker_rewards()
+
+    def walker_observations(self) -> np.ndarray:
+        """OrientationsHeightVelocities of dm_control.suite.walker, on arrays: (n, 24) f32."""
+        orientations = self.arrays["xmat"].reshape(self.n, -1, 9)[:, 1:, [0, 2]]  # xx, xz; body 0 is the world
+        height = self.arrays["xpos"].reshape(self.n, -1, 3)[:, 1, 2:]  # body 1 is the torso
+        parts = orientations.reshape(self.n, -1), height, self.arrays["qvel"]
+        return np.concatenate(parts, axis=1).astype(np.float32)
+
+    def walker_rewards(self) -> np.ndarray:
+        """PlanarWalker.get_reward of dm_control.suite.walker, on arrays: (n,) f32."""
         height = self.arrays["xpos"].reshape(self.n, -1, 3)[:, 1, 2]
-        orientations = xmat[:, 1:, [0, 2]].reshape(self.n, -1)  # xx, xz
-        observations = np.concatenate([orientations, height[:, None], self.arrays["qvel"]], axis=1)
-        # PlanarWalker.get_reward of dm_control.suite.walker, on arrays
-        standing = rewards.tolerance(height, bounds=(1.2, np.inf), margin=0.6)
-        reward = (3 * standing + (1 + xmat[:, 1, 8]) / 2) / 4
+        upright = (1 + self.arrays["xmat"].reshape(self.n, -1, 9)[:, 1, 8]) / 2
+        reward = (3 * rewards.tolerance(height, bounds=(1.2, np.inf), margin=0.6) + upright) / 4
         if speed := WALKER_SPEED[self.task]:
             velocity = self.arrays["sensordata"].reshape(self.n, -1)[:, 0]
             bounds = {"bounds": (speed, np.inf), "margin": speed / 2}
             move = rewards.tolerance(velocity, **bounds, value_at_margin=0.5, sigmoid="linear")
             reward = reward * (5 * move + 1) / 6
-        return observations.astype(np.float32), reward.astype(np.float32)
+        return reward.astype(np.float32)
 
     def physics_state(self) -> np.ndarray:
         """physics.get_state() of every environment, (n, state) f64."""
@@ -320,21 +332,31 @@ def evaluate(policy, env: LockstepEnv, device: torch.device) -> list[float]:
 
 # ----------------------------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
-    """Deterministic policy, (B, in_dim) -> (B, action_dim); layer_norm: the first layer is Linear-LayerNorm-Tanh."""
+    """Policy, (B, in_dim) -> actions (B, action_dim) in [-1, 1]; layer_norm: the first layer is Linear-LayerNorm-Tanh.
 
-    def __init__(self, in_dim: int, action_dim: int, hidden: int, layer_norm: bool = False):
+    log_std: the two bounds of a Gaussian policy's log std; such a policy's mean is its deterministic action.
+    """
+
+    def __init__(self, in_dim: int, action_dim: int, hidden: int, layer_norm: bool = False, log_std=None):
         super().__init__()
+        self.log_std = log_std
         self.net = nn.Sequential(
             nn.Linear(in_dim, hidden),
             *([nn.LayerNorm(hidden), nn.Tanh()] if layer_norm else [nn.ReLU()]),
             nn.Linear(hidden, hidden),
             nn.ReLU(),
-            nn.Linear(hidden, action_dim),
+            nn.Linear(hidden, 2 * action_dim if log_std else action_dim),
             nn.Tanh(),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net(x)
+        return self.net(x).chunk(2, dim=-1)[0] if self.log_std else self.net(x)
+
+    def gaussian(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log std of the diagonal Gaussian, (B, action_dim) each."""
+        mean, unit = self.net(x).chunk(2, dim=-1)
+        low, high = self.log_std
+        return mean, low + (high - low) * (unit + 1) / 2
 
 
 class Critics(nn.Module):
@@ -461,51 +483,82 @@ def pbrl_actor_loss(actor, critics, obs, action, bc_coef: float = 0.0) -> torch.
     return -q.mean() / q.abs().mean().detach() + bc_coef * (policy - action).square().sum(dim=1).mean()
 
 
+def add_task(obs: torch.Tensor, task_id: int, onehot: int = 0) -> torch.Tensor:
+    """States with the task id as one more number, (B, obs_dim) -> (B, obs_dim + 1), or as one of `onehot` flags."""
+    code = F.one_hot(torch.tensor(task_id), onehot) if onehot else torch.tensor([task_id])
+    return torch.cat([obs, code.to(obs).expand(len(obs), -1)], dim=1)
+
+
+def act(actor: Actor, task_id: int | None, generator: torch.Generator, obs: torch.Tensor) -> torch.Tensor:
+    """The training policy's actions, (B, obs) -> (B, act): of a Gaussian actor a reparameterised sample, clipped."""
+    x = obs if task_id is None else add_task(obs, task_id)
+    if actor.log_std is None:
+        return actor(x)
+    mean, log_std = actor.gaussian(x)
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    return (mean + log_std.exp() * noise).clamp(-1, 1)
+
+
 def main():
     args, point = parse_args(Args)
 
     # validate before anything is written
     positive = ["eval_every", "eval_episodes", "final_eval_episodes", "gradient_steps", "learning_rate", "batch_size"]
     check_numbers(args, *positive, "hidden", "tau", "actor_tau", "policy_frequency", "num_critics", "num_ood")
-    if len(args.level) != 1 or len(args.data) > 1:
-        fail("--level, --data: expected one value, a teacher learns one task from one dataset")
+    tasks = args.tasks or (args.task,)
+    naive, m = bool(args.tasks), len(tasks)
+    if naive and (m < 2 or len(set(tasks)) < m):
+        fail(f"--tasks: expected two or more distinct tasks (one task: --task), found {', '.join(tasks)}")
+    if len(args.level) not in (1, m) or len(args.data) not in (0, m):
+        fail(f"--level, --data: expected one level or one per task, and one file per task ({', '.join(tasks)})")
     if args.num_critics < 2:
         fail(f"--num-critics: expected at least 2 (the uncertainty is their disagreement), found {args.num_critics}")
-    task, level = args.task, args.level[0]
+    levels = args.level * m if len(args.level) == 1 else args.level
     device = select_device(args.device, args.threads)
-    eval_env = LockstepEnv(task, args.eval_episodes, args.threads)
-    output = Path(args.output or f"checkpoints/{task}-{level}-teacher.pt")
-    hint = f"python mop_td3_collect.py --task {task}"
-    path = args.data[0] if args.data else find_file("data", f"{task}-{level}.npz", hint)
-    data, metadata = load_dataset(path, task)
-    if data["observations"].shape[1] != eval_env.obs_dim or data["actions"].shape[1] != eval_env.action_dim:
-        found = data["observations"].shape[1], data["actions"].shape[1]
-        fail(f"{path}: expected {eval_env.obs_dim} observations and {eval_env.action_dim} actions, found {found}")
-    run_dir = prepare_outputs(args, f"{Path(__file__).stem}-{task}-{level}-seed{args.seed}", [output])
+    eval_envs = [LockstepEnv(task, args.eval_episodes, args.threads) for task in tasks]
+    obs_dim, action_dim = eval_envs[0].obs_dim, eval_envs[0].action_dim
 
     # data: one row (s, a, r, s', terminal) per transition, on the device
-    columns = [eval_env.obs_dim, eval_env.action_dim, 1, eval_env.obs_dim, 1]
+    columns = [obs_dim, action_dim, 1, obs_dim, 1]
     names = "observations", "actions", "rewards", "next_observations", "terminals"
-    rows_of = [data.pop(name).reshape(len(data["timeouts"]), -1) for name in names]
-    transitions = torch.from_numpy(np.concatenate(rows_of, axis=1, dtype=np.float32)).to(device)
-    behavior_return = float(np.mean(metadata["episode_returns"]))
-    del data, rows_of
+    transitions, behavior_returns = [], {}
+    for i, task in enumerate(tasks):
+        hint = f"python mop_td3_collect.py --task {task}"
+        path = args.data[i] if args.data else find_file("data", f"{task}-{levels[i]}.npz", hint)
+        data, metadata = load_dataset(path, task)
+        found = data["observations"].shape[1], data["actions"].shape[1]
+        if found != (obs_dim, action_dim):
+            fail(f"{path}: expected {obs_dim} observations and {action_dim} actions, found {found}")
+        rows = [data.pop(name).reshape(len(data["timeouts"]), -1) for name in names]
+        transitions.append(torch.from_numpy(np.concatenate(rows, axis=1, dtype=np.float32)).to(device))
+        behavior_returns[task] = {"data": float(np.mean(metadata["episode_returns"]))}
+        del data, rows
+
+    level = "+".join(dict.fromkeys(levels))
+    kind = "naive" if naive else "teacher" if args.actor == "deterministic" else f"teacher-{args.actor}"
+    output = Path(args.output or f"checkpoints/{'+'.join(tasks)}-{level}-{kind}.pt")
+    run_dir = prepare_outputs(args, f"{Path(__file__).stem}-{output.stem}-seed{args.seed}", [output])
 
     # networks
     torch.manual_seed(args.seed)
     generator = torch.Generator(device).manual_seed(args.seed)
-    sizes = {"obs_dim": eval_env.obs_dim, "action_dim": eval_env.action_dim, "hidden": args.hidden}
-    actor, target_actor = (Actor(*sizes.values()).to(device) for _ in range(2))
-    critics, target_critics = (Critics(args.num_critics, *sizes.values()).to(device) for _ in range(2))
+    sizes = {"in_dim": obs_dim + naive, "action_dim": action_dim, "hidden": args.hidden}
+    options = {"layer_norm": False, "log_std": LOG_STD[args.actor]}
+    actor, target_actor = (Actor(*sizes.values(), **options).to(device) for _ in range(2))
+    critics, target_critics = (
+        [Critics(args.num_critics, obs_dim, action_dim, args.hidden).to(device) for _ in tasks] for _ in range(2)
+    )
     target_actor.load_state_dict(actor.state_dict())
-    target_critics.load_state_dict(critics.state_dict())
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.learning_rate, fused=True)
-    critic_optimizer = torch.optim.Adam(critics.parameters(), lr=args.learning_rate, fused=True)
+    critic_optimizers = [torch.optim.Adam(c.parameters(), lr=args.learning_rate, fused=True) for c in critics]
+    modules = {"actor": actor, "target_actor": target_actor, "actor_optimizer": actor_optimizer}
+    for i in range(m):
+        target_critics[i].load_state_dict(critics[i].state_dict())
+        parts = {"critics": critics[i], "target_critics": target_critics[i], "critic_optimizer": critic_optimizers[i]}
+        modules |= {f"{name}_{i}" if naive else name: part for name, part in parts.items()}
 
     # resume
     start, rows = 0, []
-    modules = {"actor": actor, "critics": critics, "target_actor": target_actor, "target_critics": target_critics}
-    modules |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
     if point is not None:
         start, rows = point["step"], point["rows"]
         for name, module in modules.items():
@@ -514,69 +567,82 @@ def main():
 
     writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
     writer.add_text("hyperparameters", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
-    progress = tqdm(total=args.gradient_steps, initial=start, desc=f"{task} {level}", unit="step", disable=None)
+    progress = tqdm(total=args.gradient_steps, initial=start, desc=output.stem, unit="step", disable=None)
     clock = time.time()
     for step in range(start, args.gradient_steps):
-        # sample
-        index = torch.randint(len(transitions), (args.batch_size,), generator=generator, device=device)
-        obs, action, reward, next_obs, terminal = transitions[index].split(columns, dim=1)
-        target_noise = torch.randn(action.shape, generator=generator, device=device)
-        ood_noise = torch.randn(args.num_ood, 2 * len(obs), action.shape[1], generator=generator, device=device)
         beta_ood = max(args.beta_ood * args.beta_ood_decay**step, args.beta_ood_min)
+        for i in range(m):  # one task, or (naive) every task in turn
+            # sample
+            index = torch.randint(len(transitions[i]), (args.batch_size,), generator=generator, device=device)
+            obs, action, reward, next_obs, terminal = transitions[i][index].split(columns, dim=1)
+            target_noise = torch.randn(action.shape, generator=generator, device=device)
+            ood_noise = torch.randn(args.num_ood, 2 * len(obs), action_dim, generator=generator, device=device)
+            policy, target_policy = (partial(act, a, i if naive else None, generator) for a in (actor, target_actor))
 
-        # critics
-        batch, noise = (obs, action, reward.squeeze(1), next_obs, terminal.squeeze(1)), (target_noise, ood_noise)
-        loss, metrics = pbrl_critic_loss(critics, target_critics, actor, target_actor, batch, noise, beta_ood, args)
-        critic_optimizer.zero_grad()
-        loss.backward()
-        critic_optimizer.step()
+            # critics
+            batch, noise = (obs, action, reward.squeeze(1), next_obs, terminal.squeeze(1)), (target_noise, ood_noise)
+            networks = critics[i], target_critics[i], policy, target_policy
+            loss, metrics = pbrl_critic_loss(*networks, batch, noise, beta_ood, args)
+            critic_optimizers[i].zero_grad()
+            loss.backward()
+            critic_optimizers[i].step()
 
-        # actor
-        if step % args.policy_frequency == 0:
-            pi_loss = pbrl_actor_loss(actor, critics, obs, action, args.bc_coef)
-            gradients = torch.autograd.grad(pi_loss, list(actor.parameters()))  # none for the critics
-            for parameter, gradient in zip(actor.parameters(), gradients, strict=True):
-                parameter.grad = gradient
-            actor_optimizer.step()
+            # actor
+            if step % args.policy_frequency == 0:
+                pi_loss = pbrl_actor_loss(policy, critics[i], obs, action, args.bc_coef)
+                gradients = torch.autograd.grad(pi_loss, list(actor.parameters()))  # none for the critics
+                for parameter, gradient in zip(actor.parameters(), gradients, strict=True):
+                    parameter.grad = gradient
+                actor_optimizer.step()
 
-        # targets
-        with torch.no_grad():
-            torch._foreach_lerp_(list(target_critics.parameters()), list(critics.parameters()), args.tau)
-            torch._foreach_lerp_(list(target_actor.parameters()), list(actor.parameters()), args.actor_tau)
+            # targets
+            with torch.no_grad():
+                torch._foreach_lerp_(list(target_critics[i].parameters()), list(critics[i].parameters()), args.tau)
+                torch._foreach_lerp_(list(target_actor.parameters()), list(actor.parameters()), args.actor_tau)
+
+            # log
+            if (step + 1) % 1000 == 0:
+                for name, value in metrics.items():
+                    writer.add_scalar(f"{name}/{tasks[i]}" if naive else name, value.item(), step + 1)
 
         # log, evaluate, save
         progress.update()
         now = step + 1
         if now % 1000 == 0:
-            for name, value in metrics.items():
-                writer.add_scalar(name, value.item(), now)
             writer.add_scalar("beta_ood", beta_ood, now)
             writer.add_scalar("speed/steps_per_second", (now - start) / (time.time() - clock), now)
         if now % args.eval_every == 0 or now == args.gradient_steps:
-            returns = evaluate(actor, eval_env, device)
-            mean = float(np.mean(returns))
-            rows.append([now, task, returns])
-            writer.add_scalar(f"return/{task}", mean, now)
-            progress.set_postfix({"return": f"{mean:.0f}", "data": f"{behavior_return:.0f}"})
+            texts = []
+            for i, env in enumerate(eval_envs):
+                returns = evaluate(lambda obs: actor(add_task(obs, i) if naive else obs), env, device)
+                rows.append([now, env.task, returns])
+                writer.add_scalar(f"return/{env.task}", float(np.mean(returns)), now)
+                reference = f"data {behavior_returns[env.task]['data']:.1f}"
+                texts.append(f"{env.task} {np.mean(returns):.1f} +- {np.std(returns):.1f} ({reference})")
+            progress.set_postfix({"return": texts[0].split()[1]})
             values = ", ".join(f"{name} {value.item():.3g}" for name, value in metrics.items())
-            text = f"{task} {mean:.1f} +- {np.std(returns):.1f} (data {behavior_return:.1f})"
-            progress.write(f"step {now}: {text}; {values}")
+            progress.write(f"step {now}: {', '.join(texts)}; {values}")
             state = {name: module.state_dict() for name, module in modules.items()}
             state |= {"args": vars(args), "step": now, "rows": rows, "generator": generator.get_state()}
-            write_returns(run_dir, rows, {task: {"data": behavior_return}})
+            write_returns(run_dir, rows, behavior_returns)
             write_atomic(run_dir / "resume.pt", partial(torch.save, state))
     progress.close()
     writer.close()
 
     # final evaluation, checkpoint
-    returns = evaluate(actor, LockstepEnv(task, args.final_eval_episodes, args.threads), device)
-    sizes = {"in_dim": sizes["obs_dim"], **sizes, "layer_norm": False, "num_critics": args.num_critics}
-    checkpoint = {"schema_version": SCHEMA_VERSION, "kind": "teacher", "tasks": [task], "level": level}
+    final_envs = [LockstepEnv(task, args.final_eval_episodes, args.threads) for task in tasks]
+    returns = {}
+    for i, env in enumerate(final_envs):
+        returns[env.task] = evaluate(lambda obs: actor(add_task(obs, i) if naive else obs), env, device)
+    sizes |= {**options, "obs_dim": obs_dim, "num_critics": args.num_critics}
+    sizes |= {"task_encoding": "number"} if naive else {}
+    checkpoint = {"schema_version": SCHEMA_VERSION, "kind": kind.split("-")[0], "tasks": list(tasks), "level": level}
     checkpoint |= {"args": vars(args), "step": args.gradient_steps, "sizes": sizes, "versions": VERSIONS}
-    checkpoint |= {"actor": actor.cpu().state_dict(), "critics": critics.cpu().state_dict(), "returns": {task: returns}}
+    weights = [c.cpu().state_dict() for c in critics]
+    checkpoint |= {"actor": actor.cpu().state_dict(), "critics": weights if naive else weights[0], "returns": returns}
     write_atomic(output, partial(torch.save, checkpoint))
-    summary = {**summarize(returns), "data": round(behavior_return, 1)}
-    result = {"returns": {task: summary}, "files": [str(output)]}
+    summary = {t: {**summarize(v), "data": round(behavior_returns[t]["data"], 1)} for t, v in returns.items()}
+    result = {"returns": summary, "files": [str(output)]}
     print("RESULT", json.dumps({**result, "run_dir": str(run_dir), "seconds": round(time.time() - clock)}))
 
 

@@ -287,19 +287,26 @@ class LockstepEnv:
             return observations.astype(np.float32), np.array([s.reward for s in steps], np.float32)
         self.arrays["ctrl"][:] = actions
         self.batch.step(nstep=self.substeps, stage=mujoco.mjtStage.mjSTAGE_VEL)  # ends like dm_control, with mj_step1
-        xmat = self.arrays["xmat"].reshape(self.n, -1, 9)  # (n, bodies, 3 x 3); body 0 is the world, body 1 the torso
+        return self.walker_observations(), self.walker_rewards()
+
+    def walker_observations(self) -> np.ndarray:
+        """OrientationsHeightVelocities of dm_control.suite.walker, on arrays: (n, 24) f32."""
+        orientations = self.arrays["xmat"].reshape(self.n, -1, 9)[:, 1:, [0, 2]]  # xx, xz; body 0 is the world
+        height = self.arrays["xpos"].reshape(self.n, -1, 3)[:, 1, 2:]  # body 1 is the torso
+        parts = orientations.reshape(self.n, -1), height, self.arrays["qvel"]
+        return np.concatenate(parts, axis=1).astype(np.float32)
+
+    def walker_rewards(self) -> np.ndarray:
+        """PlanarWalker.get_reward of dm_control.suite.walker, on arrays: (n,) f32."""
         height = self.arrays["xpos"].reshape(self.n, -1, 3)[:, 1, 2]
-        orientations = xmat[:, 1:, [0, 2]].reshape(self.n, -1)  # xx, xz
-        observations = np.concatenate([orientations, height[:, None], self.arrays["qvel"]], axis=1)
-        # PlanarWalker.get_reward of dm_control.suite.walker, on arrays
-        standing = rewards.tolerance(height, bounds=(1.2, np.inf), margin=0.6)
-        reward = (3 * standing + (1 + xmat[:, 1, 8]) / 2) / 4
+        upright = (1 + self.arrays["xmat"].reshape(self.n, -1, 9)[:, 1, 8]) / 2
+        reward = (3 * rewards.tolerance(height, bounds=(1.2, np.inf), margin=0.6) + upright) / 4
         if speed := WALKER_SPEED[self.task]:
             velocity = self.arrays["sensordata"].reshape(self.n, -1)[:, 0]
             bounds = {"bounds": (speed, np.inf), "margin": speed / 2}
             move = rewards.tolerance(velocity, **bounds, value_at_margin=0.5, sigmoid="linear")
             reward = reward * (5 * move + 1) / 6
-        return observations.astype(np.float32), reward.astype(np.float32)
+        return reward.astype(np.float32)
 
     def physics_state(self) -> np.ndarray:
         """physics.get_state() of every environment, (n, state) f64."""
@@ -321,21 +328,31 @@ def evaluate(policy, env: LockstepEnv, device: torch.device) -> list[float]:
 
 # ----------------------------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
-    """Deterministic policy, (B, in_dim) -> (B, action_dim); layer_norm: the first layer is Linear-LayerNorm-Tanh."""
+    """Policy, (B, in_dim) -> actions (B, action_dim) in [-1, 1]; layer_norm: the first layer is Linear-LayerNorm-Tanh.
 
-    def __init__(self, in_dim: int, action_dim: int, hidden: int, layer_norm: bool = False):
+    log_std: the two bounds of a Gaussian policy's log std; such a policy's mean is its deterministic action.
+    """
+
+    def __init__(self, in_dim: int, action_dim: int, hidden: int, layer_norm: bool = False, log_std=None):
         super().__init__()
+        self.log_std = log_std
         self.net = nn.Sequential(
             nn.Linear(in_dim, hidden),
             *([nn.LayerNorm(hidden), nn.Tanh()] if layer_norm else [nn.ReLU()]),
             nn.Linear(hidden, hidden),
             nn.ReLU(),
-            nn.Linear(hidden, action_dim),
+            nn.Linear(hidden, 2 * action_dim if log_std else action_dim),
             nn.Tanh(),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net(x)
+        return self.net(x).chunk(2, dim=-1)[0] if self.log_std else self.net(x)
+
+    def gaussian(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log std of the diagonal Gaussian, (B, action_dim) each."""
+        mean, unit = self.net(x).chunk(2, dim=-1)
+        low, high = self.log_std
+        return mean, low + (high - low) * (unit + 1) / 2
 
 
 class Critics(nn.Module):
@@ -394,7 +411,8 @@ def load_actor(checkpoint: dict, path) -> Actor:
     """The frozen policy of a checkpoint."""
     sizes = checkpoint["sizes"]
     try:
-        actor = Actor(sizes["in_dim"], sizes["action_dim"], sizes["hidden"], sizes["layer_norm"])
+        options = {"layer_norm": sizes["layer_norm"], "log_std": sizes.get("log_std")}
+        actor = Actor(sizes["in_dim"], sizes["action_dim"], sizes["hidden"], **options)
         actor.load_state_dict(checkpoint["actor"])
     except (KeyError, RuntimeError, TypeError) as error:
         fail(f"{path}: weights and sizes do not fit together ({str(error).splitlines()[0]})")

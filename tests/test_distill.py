@@ -17,9 +17,9 @@ def test_mse_loss_equals_a_plain_loop():
         for s in states[i]:
             error = teacher(s[None])[0] - student(torch.cat([s, torch.tensor([float(i)])])[None])[0]
             total += (error**2).sum().item() / (3 * 7)
-    x = torch.cat([distill.student_input(states[i], i) for i in range(3)])
-    targets = torch.cat([distill.teacher_actions(t, states[i], chunk=3) for i, t in enumerate(teachers)])
-    loss = distill.mse_loss(student, x, targets)
+    x = torch.cat([distill.add_task(states[i], i) for i in range(3)])
+    targets = torch.cat([distill.in_parts(t, states[i], rows=3) for i, t in enumerate(teachers)]).detach()
+    loss = distill.mse_loss(student, x, targets).mean()
     assert loss.item() == pytest.approx(total, rel=1e-5)
     loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in student.parameters())
@@ -41,8 +41,8 @@ def test_the_student_fits_its_teachers(run_main, tmp_path):
         obs = torch.from_numpy(arrays[i]["observations"])
         teacher = distill.load_actor(torch.load(teachers[i], weights_only=True), "teacher")
         with torch.no_grad():
-            error = (teacher(obs) - student(distill.student_input(obs, i))).square().sum(1).mean()
-            wrong = (teacher(obs) - student(distill.student_input(obs, 1 - i))).square().sum(1).mean()
+            error = (teacher(obs) - student(distill.add_task(obs, i))).square().sum(1).mean()
+            wrong = (teacher(obs) - student(distill.add_task(obs, 1 - i))).square().sum(1).mean()
         assert error < 2e-3 < wrong
     assert result["returns"]["walker-walk"]["episodes"] == 2 and result["returns"]["walker-walk"]["teacher"] == 100.0
     assert len(checkpoint["returns"]["walker-stand"]) == 2
