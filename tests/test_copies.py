@@ -16,6 +16,7 @@ EXCEPTIONS = {
     "Args.tasks": "of a teacher: the naive multi-task variant, none by default",
     "Args.output": "each script writes another kind of file",
     "Args.run_dir": "the default name holds each script's own settings",
+    "Args.teachers": "one per task, or m * m",
     "Args.eval_every": "TD3's resume points lie between two episodes",
     "Args.learning_rate": "the student has no critics",
     "Args.hidden": "the thesis's width for TD3 differs",
