@@ -758,7 +758,7 @@ def main():
                     own, *others = [add_task(torch.cat(visited), j, onehot) for j in ids]
                     taus = layer_taus(student, own, others, args.threads)  # (2 layers, tau-a and tau-b, states)
                     for layer, (tau_a, tau_b) in enumerate(taus, start=1):
-                        values = tau_a.mean(), tau_a.std(), np.nanmean(tau_b)
+                        values = tau_a.mean(), tau_a.std(), np.nansum(tau_b) / max(np.isfinite(tau_b).sum(), 1)
                         tau_rows.append([now, env.task, layer, *map(float, values)])
                         writer.add_scalar(f"tau_layer{layer}/{env.task}", values[0], now)
                     texts[-1] += f" tau {taus[0, 0].mean():.2f}, {taus[1, 0].mean():.2f}"

@@ -654,6 +654,15 @@ def train_teacher(label, transitions, env, device, args, point, log):
     return actor.requires_grad_(False), critics.requires_grad_(False)
 
 
+def load_teacher(path, task: str, obs_dim: int, device):
+    """Actor, critics and episode returns of a teacher's checkpoint."""
+    checkpoint = load_checkpoint(path, ("teacher",), task)
+    actor, critics = load_actor(checkpoint, path).to(device), load_critics(checkpoint, path).to(device)
+    if actor.net[0].in_features != obs_dim:
+        fail(f"{path}: expected a teacher of {obs_dim} observations, found {actor.net[0].in_features}")
+    return actor, critics, checkpoint["returns"][task]
+
+
 def save_teacher(path, actor, critics, task, level, sources, returns, args) -> None:
     """Write a teacher's checkpoint (docs/formats.md); sources: the tasks whose data it learned from."""
     sizes = {"in_dim": actor.net[0].in_features, "obs_dim": actor.net[0].in_features, "hidden": args.teacher_hidden}
@@ -707,33 +716,31 @@ def main():
     data_paths = args.data or [find_file("data", f"{n}.npz", f"{hint} {t}") for n, t in zip(names, tasks, strict=True)]
     teacher_outputs = [] if args.teachers else [Path(f"checkpoints/{name}-ds-teacher.pt") for name in names]
     paths = args.teachers or teacher_outputs
-    jobs = [
-        (i, range(m), paths[i]) for i in range(m)
-    ]  # a teacher's task, the tasks whose data it learns from, its file
+    jobs = [(i, range(m), path) for i, path in enumerate(paths)]  # (task, whose data it learns from, file)
+    datasets, given = [load_dataset(path, task)[0] for path, task in zip(data_paths, tasks, strict=True)], {}
+    for path, data in zip(data_paths, datasets, strict=True):
+        found = data["observations"].shape[1], data["actions"].shape[1]
+        if found != (obs_dim, action_dim):
+            fail(f"{path}: expected {obs_dim} observations and {action_dim} actions, found {found}")
+    for i, _, path in jobs:
+        if path not in teacher_outputs:
+            given[path] = load_teacher(path, tasks[i], obs_dim, device)
     name = f"{Path(__file__).stem}-{args.hidden}-{'+'.join(dict.fromkeys(levels))}-seed{args.seed}"
     run_dir = prepare_outputs(args, name, [*teacher_outputs, *([Path(args.output)] if args.output else [])])
     output = Path(args.output or run_dir / "student.pt")
 
-    # data: the datasets below one another, every row with its reward under every task
-    columns, rewards_of, counts = [], [[] for _ in tasks], []
-    for j, path in enumerate(data_paths):
-        data, _ = load_dataset(path, tasks[j])
-        found = data["observations"].shape[1], data["actions"].shape[1]
-        if found != (obs_dim, action_dim):
-            fail(f"{path}: expected {obs_dim} observations and {action_dim} actions, found {found}")
-        for i, task in enumerate(tasks):
-            rewards_of[i].append(data["rewards"] if i == j else relabel(path, data, task, args.threads))
-        names = "observations", "actions", "next_observations", "terminals"
-        rows_of = [data.pop(name).reshape(len(data["timeouts"]), -1) for name in names]
-        columns.append(np.concatenate(rows_of, axis=1, dtype=np.float32))
-        counts.append(len(columns[-1]))
-        print(
-            f"task {j}: {tasks[j]}, {counts[-1]} transitions, mean reward "
-            + ", ".join(f"{rewards_of[i][j].mean():.3f} as {task}" for i, task in enumerate(tasks))
-        )
-    unions = [torch.from_numpy(part).to(device) for part in columns]  # rows (s, a, s', terminal)
-    obs = torch.cat([part[:, :obs_dim] for part in unions])
-    del data, rows_of, columns
+    # data: rows (s, a, s', terminal) of every dataset j, and their rewards under every task i
+    tables, rewards_of = [], []
+    for j, (path, data) in enumerate(zip(data_paths, datasets, strict=True)):
+        others = [data["rewards"] if task == tasks[j] else relabel(path, data, task, args.threads) for task in tasks]
+        rewards_of.append([torch.from_numpy(reward)[:, None].to(device) for reward in others])
+        columns = [data[name] for name in ("observations", "actions", "next_observations", "terminals")]
+        columns = [column.reshape(len(data["rewards"]), -1) for column in columns]
+        tables.append(torch.from_numpy(np.concatenate(columns, axis=1, dtype=np.float32)).to(device))
+        means = ", ".join(f"{reward.mean():.3f} as {task}" for reward, task in zip(others, tasks, strict=True))
+        print(f"task {j}: {tasks[j]}, {len(tables[j])} transitions, mean reward {means}")
+    obs = torch.cat([part[:, :obs_dim] for part in tables])  # the union's states
+    del datasets, data, others, columns
 
     # teachers
     writer = SummaryWriter(run_dir)
@@ -743,16 +750,14 @@ def main():
     teachers = []
     for number, (i, sources, path) in enumerate(jobs):
         task, label = tasks[i], f"{tasks[i]} teacher"
-        if path not in teacher_outputs or phase > number:  # given, or finished before this run was resumed
-            checkpoint = load_checkpoint(path, ("teacher",), task)
-            actor, critics = load_actor(checkpoint, path).to(device), load_critics(checkpoint, path).to(device)
-            if actor.net[0].in_features != obs_dim:
-                fail(f"{path}: expected a teacher of {obs_dim} observations, found {actor.net[0].in_features}")
-            teacher_returns = checkpoint["returns"][task]
+        if path in given:
+            actor, critics, teacher_returns = given[path]
+        elif phase > number:  # finished before this run was resumed
+            actor, critics, teacher_returns = load_teacher(path, task, obs_dim, device)
         else:
-            reward = torch.from_numpy(np.concatenate([rewards_of[i][j] for j in sources]))[:, None].to(device)
-            part = torch.cat([unions[j] for j in sources])
-            transitions = torch.cat([part[:, : obs_dim + action_dim], reward, part[:, obs_dim + action_dim :]], dim=1)
+            action_end = obs_dim + action_dim
+            parts = [[tables[j][:, :action_end], rewards_of[j][i], tables[j][:, action_end:]] for j in sources]
+            transitions = torch.cat([torch.cat(part, dim=1) for part in parts])  # (s, a, r, s', terminal)
 
             def log(step, metrics, state):
                 for name, value in metrics.items():
@@ -773,7 +778,7 @@ def main():
             teacher_returns = evaluate(actor, LockstepEnv(task, args.final_eval_episodes, args.threads), device)
             names = [tasks[j] for j in sources]
             save_teacher(path, actor, critics, task, levels[i], names, teacher_returns, args)
-            del reward, part, transitions
+            del parts, transitions
         teachers.append((actor, critics))
         references.setdefault(task, {})["teacher"] = float(np.mean(teacher_returns))
         print(f"{label}: {path}, return {np.mean(teacher_returns):.1f} +- {np.std(teacher_returns):.1f}")
@@ -844,9 +849,9 @@ def main():
     checkpoint |= {"args": vars(args), "step": args.gradient_steps, "sizes": sizes, "versions": VERSIONS}
     checkpoint |= {"actor": student.cpu().state_dict(), "returns": returns}
     write_atomic(output, partial(torch.save, checkpoint))
-    summary = {
-        task: {**summarize(v), **{k: round(v, 1) for k, v in references[task].items()}} for task, v in returns.items()
-    }
+    summary = {}
+    for task, values in returns.items():
+        summary[task] = {**summarize(values), **{name: round(v, 1) for name, v in references[task].items()}}
     files = [str(output), *map(str, teacher_outputs), str(run_dir / "returns.csv"), str(run_dir / "learning_curve.png")]
     result = {"returns": summary, "files": files}
     print("RESULT", json.dumps({**result, "run_dir": str(run_dir), "seconds": round(time.time() - clock)}))

@@ -69,15 +69,17 @@ def write_dataset(path, task="walker-stand", arrays=None, **metadata):
     return path
 
 
-def write_teacher(path, task="walker-stand", kind="teacher", obs_dim=24, action_dim=6, hidden=8, seed=0, **changes):
+def write_teacher(
+    path, task="walker-stand", kind="teacher", obs_dim=24, action_dim=6, hidden=8, seed=0, log_std=None, **changes
+):
     """Write a checkpoint of an untrained policy with critics; changes override the plain fields."""
     import mop_pbrl_teacher as pbrl
 
     torch.manual_seed(seed)
     sizes = {"in_dim": obs_dim, "obs_dim": obs_dim, "action_dim": action_dim, "hidden": hidden, "layer_norm": False}
     checkpoint = {"schema_version": 1, "kind": kind, "tasks": [task], "level": "medium", "args": {}, "step": 1}
-    checkpoint |= {"sizes": {**sizes, "num_critics": 2}, "returns": {task: [100.0]}, "versions": {}}
-    checkpoint["actor"] = pbrl.Actor(obs_dim, action_dim, hidden).state_dict()
+    checkpoint |= {"sizes": {**sizes, "num_critics": 2, "log_std": log_std}, "returns": {task: [100.0]}, "versions": {}}
+    checkpoint["actor"] = pbrl.Actor(obs_dim, action_dim, hidden, log_std=log_std).state_dict()
     checkpoint["critics"] = pbrl.Critics(2, obs_dim, action_dim, hidden).state_dict()
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({**checkpoint, **changes}, path)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import mop_pbrl_teacher as pbrl
+from conftest import make_arrays, write_dataset
 from test_td3 import plain_critic
 
 K, B, OBS, ACT, N_OOD = 4, 6, 5, 2, 3
@@ -112,3 +113,88 @@ def test_target_networks_are_read(setup):
             pbrl.pbrl_critic_loss(critics, target_critics, actor, target_actor, batch, noise, 1.0, args)[0].item()
         )
     assert len(set(losses)) == 3
+
+
+def test_gaussian_policy_samples_its_distribution():
+    """Bounds of the log std; samples have the mean and std that gaussian() states; one generator, one sequence."""
+    torch.manual_seed(0)
+    for bounds in ((-5.0, 0.0), (-1.0, 1.0)):
+        actor, obs = pbrl.Actor(OBS, ACT, 16, log_std=bounds), 100 * torch.randn(500, OBS)
+        _, log_std = actor.gaussian(obs)
+        assert bounds[0] <= log_std.min() < bounds[0] + 0.3 and bounds[1] - 0.3 < log_std.max() <= bounds[1]
+    actor, obs = pbrl.Actor(OBS, ACT, 16, log_std=(-5.0, 0.0)), torch.randn(1, OBS)
+    mean, log_std = (value.detach() for value in actor.gaussian(obs))
+    samples = pbrl.act(actor, None, torch.Generator().manual_seed(1), obs.expand(40_000, -1)).detach()
+    error = log_std.exp() / 200
+    assert ((samples.mean(0) - mean).abs() < 5 * error).all() and samples.abs().max() <= 1
+    torch.testing.assert_close(samples.std(0), log_std.exp()[0], rtol=0.03, atol=0)
+    assert torch.equal(actor(obs), mean)  # evaluation acts by the mean
+    again = pbrl.act(actor, None, torch.Generator().manual_seed(1), obs.expand(40_000, -1))
+    assert torch.equal(samples, again)
+
+
+def test_the_std_is_free_to_shrink():
+    """Maximising a Q that is highest at one action drives the std to its bound; the author's tanh keeps it at 1/e."""
+    for bounds in ((-5.0, 0.0), (-1.0, 1.0)):
+        torch.manual_seed(0)
+        actor, generator = pbrl.Actor(OBS, ACT, 16, log_std=bounds), torch.Generator().manual_seed(0)
+        optimizer, obs = torch.optim.Adam(actor.parameters(), lr=1e-2), torch.randn(64, OBS)
+        for _ in range(300):
+            loss = pbrl.pbrl_actor_loss(
+                lambda x: pbrl.act(actor, None, generator, x), lambda o, a: -(a - 0.3).square().sum(1)[None], obs, obs
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        mean, log_std = actor.gaussian(obs)
+        assert (mean - 0.3).abs().mean() < 0.05 and log_std.mean().item() < bounds[0] + 0.5
+        assert log_std.exp().min() > np.exp(bounds[0]) * 0.999
+
+
+def short_run(run_main, tmp_path, *options, steps=6):
+    """PBRL for a few updates on random data of both tasks; returns RESULT and the resume point."""
+    for i, task in enumerate(("walker-stand", "walker-walk")):
+        write_dataset(tmp_path / f"data/{task}-medium.npz", task, make_arrays(seed=i))
+    sizes = ["--gradient-steps", steps, "--eval-every", 2, "--hidden", 8, "--batch-size", 8, "--threads", 1]
+    sizes += ["--eval-episodes", 1, "--final-eval-episodes", 1, "--run-dir", f"run{steps}", "--overwrite"]
+    result = run_main(pbrl, *sizes, *options)
+    return result, torch.load(tmp_path / f"run{steps}/resume.pt", weights_only=True)
+
+
+def test_naive_actor_keeps_learning_after_step_one(run_main, tmp_path):
+    """In the author's code the actor moved in the very first update and never again. One optimiser, one actor here."""
+    tasks = ["--tasks", "walker-stand", "walker-walk"]
+    points = [short_run(run_main, tmp_path, *tasks, steps=steps)[1] for steps in (1, 3, 5)]
+    for name in points[0]["actor"]:
+        weights = [point["actor"][name] for point in points]
+        assert all((b - a).abs().max() > 1e-5 for a, b in zip(weights, weights[1:], strict=False)), name
+    first = points[0]["actor"]["net.0.weight"]
+    torch.manual_seed(1)
+    assert first.shape == (8, 25) and not torch.equal(first, pbrl.Actor(25, 6, 8).state_dict()["net.0.weight"])
+    steps = [point["actor_optimizer"]["state"][0]["step"].item() for point in points]
+    assert steps == [2, 4, 6]  # every second step, once per task
+
+
+def test_naive_tasks_have_critics_of_their_own(run_main, tmp_path):
+    result, point = short_run(run_main, tmp_path, "--tasks", "walker-stand", "walker-walk")
+    assert result["files"] == ["checkpoints/walker-stand+walker-walk-medium-naive.pt"]
+    assert set(result["returns"]) == {"walker-stand", "walker-walk"}
+    for name in ("critics", "target_critics"):
+        assert all(not torch.equal(point[f"{name}_0"][k], point[f"{name}_1"][k]) for k in ("w1", "w2", "w3"))
+    checkpoint = torch.load(tmp_path / result["files"][0], weights_only=True)
+    assert checkpoint["kind"] == "naive" and checkpoint["tasks"] == ["walker-stand", "walker-walk"]
+    assert len(checkpoint["critics"]) == 2 and checkpoint["sizes"]["in_dim"] == 25
+
+
+@pytest.mark.parametrize("actor, low", [("gaussian", -5.0), ("gaussian-tanh", -1.0)])
+def test_gaussian_teacher_runs_and_resumes(run_main, tmp_path, actor, low):
+    options = ["--task", "walker-walk", "--actor", actor]
+    result, point = short_run(run_main, tmp_path, *options)
+    assert result["files"] == [f"checkpoints/walker-walk-medium-teacher-{actor}.pt"]
+    checkpoint = torch.load(tmp_path / result["files"][0], weights_only=True)
+    assert checkpoint["kind"] == "teacher" and checkpoint["sizes"]["log_std"][0] == low
+    assert checkpoint["actor"]["net.4.weight"].shape == (12, 8)
+    short_run(run_main, tmp_path, *options, steps=4)
+    run_main(pbrl, "--resume", "run4", "--gradient-steps", 6)
+    again = torch.load(tmp_path / "run4/resume.pt", weights_only=True)
+    assert all(torch.equal(again["actor"][name], value) for name, value in point["actor"].items())
