@@ -531,7 +531,7 @@ def relabel(path, data: dict, task: str, threads: int) -> np.ndarray:
     for name in ("physics", "actions"):
         key.update(np.ascontiguousarray(data[name]))
     cache = Path(path).with_name(f"{Path(path).stem}.{task}-{key.hexdigest()[:16]}.npy")
-    with suppress(OSError, ValueError):  # none there, or a broken one, which is made anew
+    with suppress(OSError, ValueError, EOFError):  # none there, or a broken one, which is made anew
         result = np.load(cache, allow_pickle=False)
         if result.shape == data["rewards"].shape and result.dtype == np.float32 and np.isfinite(result).all():
             return result

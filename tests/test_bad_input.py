@@ -154,6 +154,17 @@ def test_teacher_of_another_observation_size(run_main, tmp_path):
         (distill, ["--tasks", "walker-stand", "walker-stand"], ["distinct"]),
         (distill, ["--data", "a.npz"], ["--data", "one file per task"]),
         (distill, ["--hidden", 0], ["--hidden"]),
+        (distill, ["--states", "a.npz"], ["--states", "one file per task"]),
+        (distill, ["--states", "a.npz", "b.npz", "--data", "c.npz", "d.npz"], ["--states", "no --data"]),
+        (distill, ["--states", "online", "--data", "c.npz", "d.npz"], ["--states online", "--data"]),
+        (distill, ["--states", "a.npz", "b.npz"], ["a.npz: no such dataset"]),
+        (distill, ["--tasks", "walker-stand", "--regularizer", "ndcg"], ["--regularizer", "two or more"]),
+        (distill, ["--loss", "kl"], ["walker-stand-medium-teacher-gaussian.pt", "--actor gaussian"]),
+        (distill, ["--reg-lambda", -1], ["--reg-lambda", "-1"]),
+        (pbrl, ["--tasks", "walker-stand"], ["--tasks", "two or more", "--task"]),
+        (pbrl, ["--tasks", "walker-stand", "walker-stand"], ["--tasks", "distinct"]),
+        (pbrl, ["--tasks", "walker-stand", "walker-walk", "--data", "a.npz"], ["--level, --data", "walker-walk"]),
+        (pbrl, ["--tasks", "walker-stand", "cartpole-balance"], ["cartpole-balance"]),
         (distill, ["--tasks", "walker-stand", "cheetah-run"], ["cheetah-run", "equal"]),
     ],
 )
@@ -236,3 +247,17 @@ def test_as_a_user_sees_it(tmp_path):
     assert process.returncode == 1 and process.stdout == ""
     expected = "none.npz: no such dataset; collect one with: python mop_td3_collect.py --task walker-stand"
     assert process.stderr == f"mop_pbrl_teacher.py: error: {expected}\n"
+
+
+def test_kl_needs_gaussian_teachers_of_one_kind(run_main, tmp_path):
+    options = ["--loss", "kl", "--data", *(write_dataset(tmp_path / f"{t}.npz", t) for t in distill.Args.tasks)]
+    kinds = {"plain": None, "bounded": (-5.0, 0.0), "tanh": (-1.0, 1.0)}
+    path = {
+        (i, kind): write_teacher(tmp_path / f"{kind}{i}.pt", task, log_std=log_std)
+        for i, task in enumerate(distill.Args.tasks)
+        for kind, log_std in kinds.items()
+    }
+    outcome = run_main(distill, *options, "--teachers", path[0, "bounded"], path[1, "plain"])
+    assert_refused(outcome, "plain1.pt", "a deterministic one", "--actor gaussian")
+    outcome = run_main(distill, *options, "--teachers", path[0, "bounded"], path[1, "tanh"])
+    assert_refused(outcome, "tanh1.pt", "of one kind", "(-1.0, 1.0)")
