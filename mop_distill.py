@@ -526,9 +526,11 @@ class PairwiseLoss(torch.autograd.Function):
     def forward(ctx, x, y):
         losses, gradients = [], []
         for a, b in zip(x.split(16), y.split(16), strict=True):  # (r, n)
-            products = (a[:, :, None] - a[:, None, :]) * (b[:, :, None] - b[:, None, :])  # (r, n, n)
-            losses.append(F.softplus(-products).sum(dim=(1, 2)))
-            s = torch.sigmoid_(products.neg_())
+            terms = (a[:, None, :] - a[:, :, None]).mul_(
+                b[:, :, None] - b[:, None, :]
+            )  # -(a_i - a_j)(b_i - b_j), (r, n, n)
+            losses.append(F.softplus(terms).sum(dim=(1, 2)))
+            s = terms.sigmoid_()
             sums = s @ torch.stack([torch.ones_like(a), a, b], dim=2)  # sum_j s_ij, s_ij x_j, s_ij y_j: (r, n, 3)
             gradients.append(-2 * torch.stack([sums[..., 0] * b - sums[..., 2], sums[..., 0] * a - sums[..., 1]]))
         ctx.save_for_backward(*torch.cat(gradients, dim=1))
