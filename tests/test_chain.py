@@ -1,4 +1,4 @@
-"""The chain collect -> teacher -> distill in processes of their own; seeds; resuming a killed run."""
+"""The chain collect -> teacher -> distill -> measure in processes of their own; seeds; resuming a killed run."""
 
 import json
 import signal
@@ -153,6 +153,36 @@ def test_killed_and_resumed_ends_with_the_same_weights(chain, tmp_path, name):
                 np.load(tmp_path / f"data/walker-stand-{level}.npz") as b,
             ):
                 assert all(np.array_equal(a[key], b[key]) for key in a.files if key != "metadata")
+
+
+def test_two_tasks_through_every_script(chain, tmp_path):
+    """collect -> teacher (deterministic, Gaussian, naive) -> distill, ds, oqs -> measure, each reading the others' files."""
+    for folder in ("data", "checkpoints"):
+        (tmp_path / folder).mkdir()
+        for path in (chain[0] / folder).iterdir():
+            (tmp_path / folder / path.name).symlink_to(path)
+    walk = ["--task", "walker-walk", "--total-timesteps", 2000, "--medium-step", 1000, "--num-transitions", 1000]
+    result(script("mop_td3_collect", *TD3[2:-2], *walk, cwd=tmp_path))
+    tasks = ["--tasks", "walker-stand", "walker-walk"]
+    result(script("mop_pbrl_teacher", *STEPS, "--task", "walker-walk", cwd=tmp_path))
+    for task in tasks[1:]:
+        result(script("mop_pbrl_teacher", *STEPS, "--task", task, "--actor", "gaussian", cwd=tmp_path))
+    students = [result(script("mop_pbrl_teacher", *STEPS, *tasks, cwd=tmp_path))["files"][0]]
+    for options in (["--loss", "mse"], ["--loss", "q"], ["--loss", "kl"]):
+        run = result(script("mop_distill", *STEPS, *tasks, *options, "--run-dir", f"runs/{options[1]}", cwd=tmp_path))
+        students.append(run["files"][0])
+    teachers = ["--teacher-steps", 60, "--teacher-hidden", 16, "--teacher-batch-size", 32]
+    ds = result(script("mop_ds", *STEPS, *tasks, *teachers, cwd=tmp_path))
+    oqs = result(script("mop_oqs", *STEPS, *tasks, *teachers, cwd=tmp_path))
+    assert oqs["returns"]["walker-walk"].keys() >= {"from walker-stand", "from walker-walk"}
+    result(script("mop_distill", *STEPS, *tasks, "--teachers", *ds["files"][1:3], cwd=tmp_path))
+    options = ["--episodes", 2, "--cross-episodes", 1, "--no-gif", "--threads", 1]
+    shift = ["--shift", "data/walker-stand-medium.npz", "data/walker-walk-medium.npz"]
+    for student in (*students, ds["files"][0], oqs["files"][0]):
+        found = result(script("mop_measure", "--student", student, *options, cwd=tmp_path))
+        assert found["returns"].keys() == {"walker-stand", "walker-walk"}
+    table = ["--teachers", *ds["files"][1:3], *oqs["files"][1:3], "checkpoints/walker-walk-medium-behavior.pt"]
+    result(script("mop_measure", *table, *shift, *options, cwd=tmp_path))
 
 
 def test_another_seed_gives_other_weights(chain, tmp_path):

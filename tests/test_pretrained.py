@@ -20,7 +20,8 @@ def mean_return(name, task):
 
 
 def test_all_of_it_stays_under_20_mb():
-    assert sum(path.stat().st_size for path in (ROOT / "pretrained").iterdir()) < 20e6
+    files = [path for path in (ROOT / "pretrained").iterdir() if path.suffix != ".npy"]  # relabelled rewards are made
+    assert sum(path.stat().st_size for path in files) < 20e6
 
 
 def test_behaviours_have_the_levels_of_the_thesis():
