@@ -156,7 +156,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(chain, tmp_path, name):
 
 
 def test_two_tasks_through_every_script(chain, tmp_path):
-    """collect -> teacher (deterministic, Gaussian, naive) -> distill, ds, oqs -> measure, each reading the others' files."""
+    """collect -> teacher (also Gaussian, naive) -> distill, ds, oqs -> measure: each reads what the others wrote."""
     for folder in ("data", "checkpoints"):
         (tmp_path / folder).mkdir()
         for path in (chain[0] / folder).iterdir():
