@@ -635,6 +635,7 @@ def main():
     if m == 1 and args.regularizer != "none":
         fail("--regularizer: expected two or more tasks, it compares a layer under two task ids")
     levels = args.level * m if len(args.level) == 1 else args.level
+    torch.set_flush_denormal(args.regularizer == "pairwise")  # its sigmoids underflow, and such numbers are slow
     device = select_device(args.device, args.threads)
     eval_envs = [LockstepEnv(task, args.eval_episodes, args.threads) for task in tasks]
     obs_dim, action_dim = eval_envs[0].obs_dim, eval_envs[0].action_dim
