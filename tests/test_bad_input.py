@@ -93,6 +93,7 @@ CHECKPOINTS = {
     "kind": ({"kind": "behavior"}, ["expected a checkpoint of kind teacher, found behavior"]),
     "schema": ({"schema_version": 7}, ["expected schema version 1, found 7"]),
     "task": ({"tasks": ["walker-walk"]}, ["expected a checkpoint for walker-stand, found walker-walk"]),
+    "no returns": ({"returns": {}}, ["without the returns of walker-stand"]),
     "no weights": ({"actor": {}}, ["weights and sizes do not fit together"]),
     "sizes": ({"sizes": {"in_dim": 24, "action_dim": 6, "hidden": 9, "layer_norm": False}}, ["do not fit together"]),
 }
