@@ -400,12 +400,12 @@ def load_checkpoint(path, kinds: tuple[str, ...], task: str | None = None) -> di
     missing = {"kind", "tasks", "args", "step", "sizes", "actor", "returns"} - checkpoint.keys()
     if missing:
         fail(f"{path}: incomplete checkpoint, without {', '.join(sorted(missing))}")
-    if set(checkpoint["tasks"]) - set(checkpoint["returns"]):
-        fail(f"{path}: incomplete checkpoint, without the returns of {', '.join(checkpoint['tasks'])}")
     if checkpoint["kind"] not in kinds:
         fail(f"{path}: expected a checkpoint of kind {' or '.join(kinds)}, found {checkpoint['kind']}")
     if task is not None and checkpoint["tasks"] != [task]:
         fail(f"{path}: expected a checkpoint for {task}, found {', '.join(checkpoint['tasks'])}")
+    if set(checkpoint["tasks"]) - set(checkpoint["returns"]):
+        fail(f"{path}: incomplete checkpoint, without the returns of {', '.join(checkpoint['tasks'])}")
     return checkpoint
 
 
