@@ -307,10 +307,13 @@ class LockstepEnv:
 def evaluate(policy, env: LockstepEnv, device: torch.device) -> list[float]:
     """Episode returns of env.n whole episodes from the fixed initial states; policy: (n, obs) -> (n, act) tensors."""
     observations, returns = env.reset(EVAL_SEED + np.arange(env.n)), np.zeros(env.n)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's other threads would wait busily on the physics' cores
     for _ in range(env.episode_length):
         actions = policy(torch.from_numpy(observations).to(device)).cpu().numpy()
         observations, reward = env.step(actions)
         returns += reward
+    torch.set_num_threads(threads)
     return returns.tolist()
 
 

@@ -44,6 +44,7 @@ from tqdm import tqdm
 SCHEMA_VERSION = 1  # of datasets and checkpoints
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; training and collection stay below
 WALKER_SPEED = {"walker-stand": 0.0, "walker-walk": 1.0, "walker-run": 8.0}  # m/s, as in dm_control.suite.walker
+CPU_ROWS = 4096  # rows of a critic in one pass on a CPU: beyond it activations leave the cache
 VERSIONS = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
 VERSIONS |= {"numpy": np.__version__, "mujoco": mujoco.__version__}
 RESUMABLE = {"device", "threads", "gradient_steps", "eval_episodes", "final_eval_episodes"}
@@ -333,10 +334,13 @@ class LockstepEnv:
 def evaluate(policy, env: LockstepEnv, device: torch.device) -> list[float]:
     """Episode returns of env.n whole episodes from the fixed initial states; policy: (n, obs) -> (n, act) tensors."""
     observations, returns = env.reset(EVAL_SEED + np.arange(env.n)), np.zeros(env.n)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's other threads would wait busily on the physics' cores
     for _ in range(env.episode_length):
         actions = policy(torch.from_numpy(observations).to(device)).cpu().numpy()
         observations, reward = env.step(actions)
         returns += reward
+    torch.set_num_threads(threads)
     return returns.tolist()
 
 
@@ -577,6 +581,21 @@ def pbrl_critic_loss(critics, target_critics, actor, target_actor, batch, noise,
     return in_loss + ood_loss, metrics
 
 
+def pbrl_critic_backward(networks, batch, noise, beta_ood, args, parts: int) -> dict:
+    """Backward pass of pbrl_critic_loss, a part of the batch after the other; returns its metrics.
+
+    The gradient is that of the whole batch. On a CPU a part's activations stay in the cache. noise: (B, act) and
+    (num_ood, 2, B, act), standard normal.
+    """
+    metrics = []
+    rows = zip(*(x.chunk(parts) for x in (*batch, noise[0])), noise[1].chunk(parts, dim=2), strict=True)
+    for *part, target_noise, ood_noise in rows:
+        loss, found = pbrl_critic_loss(*networks, part, (target_noise, ood_noise.flatten(1, 2)), beta_ood, args)
+        (loss * (len(target_noise) / len(noise[0]))).backward()
+        metrics.append(found)
+    return {name: torch.stack([found[name] for found in metrics]).mean() for name in metrics[0]}
+
+
 def pbrl_actor_loss(actor, critics, obs, action, bc_coef: float = 0.0) -> torch.Tensor:
     """- mean over the batch of min_k Q_k(s, pi(s)).
 
@@ -608,6 +627,7 @@ def train_teacher(label, transitions, env, device, args, point, log):
     critic_optimizer = torch.optim.Adam(critics.parameters(), lr=args.teacher_learning_rate, fused=True)
     modules = {"actor": actor, "critics": critics, "target_actor": target_actor, "target_critics": target_critics}
     modules |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
+    parts = 1 if device.type == "cuda" else -(-args.teacher_batch_size * (1 + 2 * args.num_ood) // CPU_ROWS)
     start = 0
     if point is not None:
         start = point["step"]
@@ -621,14 +641,14 @@ def train_teacher(label, transitions, env, device, args, point, log):
         index = torch.randint(len(transitions), (args.teacher_batch_size,), generator=generator, device=device)
         obs, action, reward, next_obs, terminal = transitions[index].split(columns, dim=1)
         target_noise = torch.randn(action.shape, generator=generator, device=device)
-        ood_noise = torch.randn(args.num_ood, 2 * len(obs), action.shape[1], generator=generator, device=device)
+        ood_noise = torch.randn(args.num_ood, 2, *action.shape, generator=generator, device=device)
         beta_ood = max(args.beta_ood * args.beta_ood_decay**step, args.beta_ood_min)
 
         # critics
         batch, noise = (obs, action, reward.squeeze(1), next_obs, terminal.squeeze(1)), (target_noise, ood_noise)
-        loss, metrics = pbrl_critic_loss(critics, target_critics, actor, target_actor, batch, noise, beta_ood, args)
+        networks = critics, target_critics, actor, target_actor
         critic_optimizer.zero_grad()
-        loss.backward()
+        metrics = pbrl_critic_backward(networks, batch, noise, beta_ood, args, parts)
         critic_optimizer.step()
 
         # actor

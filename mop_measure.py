@@ -292,10 +292,13 @@ class LockstepEnv:
 def evaluate(policy, env: LockstepEnv, device: torch.device) -> list[float]:
     """Episode returns of env.n whole episodes from the fixed initial states; policy: (n, obs) -> (n, act) tensors."""
     observations, returns = env.reset(EVAL_SEED + np.arange(env.n)), np.zeros(env.n)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's other threads would wait busily on the physics' cores
     for _ in range(env.episode_length):
         actions = policy(torch.from_numpy(observations).to(device)).cpu().numpy()
         observations, reward = env.step(actions)
         returns += reward
+    torch.set_num_threads(threads)
     return returns.tolist()
 
 
@@ -309,7 +312,8 @@ def rollout(policy, env: LockstepEnv, episodes: int, device: torch.device) -> tu
     length, returns = env.episode_length, np.zeros(episodes)
     visited = np.empty((length, episodes, env.obs_dim), np.float32)
     physics = np.empty((length, env.state_dim))
-    starts = range(0, episodes, env.n)
+    starts, threads = range(0, episodes, env.n), torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's other threads would wait busily on the physics' cores
     with tqdm(total=len(starts) * length, desc=env.task, unit="step", disable=None) as progress:
         for start in starts:
             observations = env.reset(EVAL_SEED + start + np.arange(env.n))
@@ -323,6 +327,7 @@ def rollout(policy, env: LockstepEnv, episodes: int, device: torch.device) -> tu
                 observations, reward = env.step(actions)
                 returns[chunk] += reward[:count]
                 progress.update()
+    torch.set_num_threads(threads)
     return returns.tolist(), torch.from_numpy(visited.reshape(-1, env.obs_dim)), physics
 
 

@@ -43,6 +43,7 @@ SCHEMA_VERSION = 1  # of datasets and checkpoints
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; training and collection stay below
 LOG_STD = {"deterministic": None, "gaussian": (-5.0, 0.0), "gaussian-tanh": (-1.0, 1.0)}  # bounds
 WALKER_SPEED = {"walker-stand": 0.0, "walker-walk": 1.0, "walker-run": 8.0}  # m/s, as in dm_control.suite.walker
+CPU_ROWS = 4096  # rows of a critic in one pass on a CPU: beyond it activations leave the cache
 VERSIONS = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
 VERSIONS |= {"numpy": np.__version__, "mujoco": mujoco.__version__}
 RESUMABLE = {"device", "threads", "gradient_steps", "eval_episodes", "final_eval_episodes"}
@@ -323,10 +324,13 @@ class LockstepEnv:
 def evaluate(policy, env: LockstepEnv, device: torch.device) -> list[float]:
     """Episode returns of env.n whole episodes from the fixed initial states; policy: (n, obs) -> (n, act) tensors."""
     observations, returns = env.reset(EVAL_SEED + np.arange(env.n)), np.zeros(env.n)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's other threads would wait busily on the physics' cores
     for _ in range(env.episode_length):
         actions = policy(torch.from_numpy(observations).to(device)).cpu().numpy()
         observations, reward = env.step(actions)
         returns += reward
+    torch.set_num_threads(threads)
     return returns.tolist()
 
 
@@ -470,6 +474,21 @@ def pbrl_critic_loss(critics, target_critics, actor, target_actor, batch, noise,
     return in_loss + ood_loss, metrics
 
 
+def pbrl_critic_backward(networks, batch, noise, beta_ood, args, parts: int) -> dict:
+    """Backward pass of pbrl_critic_loss, a part of the batch after the other; returns its metrics.
+
+    The gradient is that of the whole batch. On a CPU a part's activations stay in the cache. noise: (B, act) and
+    (num_ood, 2, B, act), standard normal.
+    """
+    metrics = []
+    rows = zip(*(x.chunk(parts) for x in (*batch, noise[0])), noise[1].chunk(parts, dim=2), strict=True)
+    for *part, target_noise, ood_noise in rows:
+        loss, found = pbrl_critic_loss(*networks, part, (target_noise, ood_noise.flatten(1, 2)), beta_ood, args)
+        (loss * (len(target_noise) / len(noise[0]))).backward()
+        metrics.append(found)
+    return {name: torch.stack([found[name] for found in metrics]).mean() for name in metrics[0]}
+
+
 def pbrl_actor_loss(actor, critics, obs, action, bc_coef: float = 0.0) -> torch.Tensor:
     """- mean over the batch of min_k Q_k(s, pi(s)).
 
@@ -557,6 +576,9 @@ def main():
         parts = {"critics": critics[i], "target_critics": target_critics[i], "critic_optimizer": critic_optimizers[i]}
         modules |= {f"{name}_{i}" if naive else name: part for name, part in parts.items()}
 
+    # the critics see one data row and 2 * num_ood OOD rows per transition; on a CPU in parts that its cache holds
+    parts = 1 if device.type == "cuda" else -(-args.batch_size * (1 + 2 * args.num_ood) // CPU_ROWS)
+
     # resume
     start, rows = 0, []
     if point is not None:
@@ -576,15 +598,14 @@ def main():
             index = torch.randint(len(transitions[i]), (args.batch_size,), generator=generator, device=device)
             obs, action, reward, next_obs, terminal = transitions[i][index].split(columns, dim=1)
             target_noise = torch.randn(action.shape, generator=generator, device=device)
-            ood_noise = torch.randn(args.num_ood, 2 * len(obs), action_dim, generator=generator, device=device)
+            ood_noise = torch.randn(args.num_ood, 2, len(obs), action_dim, generator=generator, device=device)
             policy, target_policy = (partial(act, a, i if naive else None, generator) for a in (actor, target_actor))
 
             # critics
             batch, noise = (obs, action, reward.squeeze(1), next_obs, terminal.squeeze(1)), (target_noise, ood_noise)
             networks = critics[i], target_critics[i], policy, target_policy
-            loss, metrics = pbrl_critic_loss(*networks, batch, noise, beta_ood, args)
             critic_optimizers[i].zero_grad()
-            loss.backward()
+            metrics = pbrl_critic_backward(networks, batch, noise, beta_ood, args, parts)
             critic_optimizers[i].step()
 
             # actor

@@ -319,10 +319,13 @@ class LockstepEnv:
 def evaluate(policy, env: LockstepEnv, device: torch.device) -> list[float]:
     """Episode returns of env.n whole episodes from the fixed initial states; policy: (n, obs) -> (n, act) tensors."""
     observations, returns = env.reset(EVAL_SEED + np.arange(env.n)), np.zeros(env.n)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's other threads would wait busily on the physics' cores
     for _ in range(env.episode_length):
         actions = policy(torch.from_numpy(observations).to(device)).cpu().numpy()
         observations, reward = env.step(actions)
         returns += reward
+    torch.set_num_threads(threads)
     return returns.tolist()
 
 
@@ -494,6 +497,8 @@ def collect(actor, task: str, mix: str, num_transitions: int, num_envs: int, see
     }
     by_episode = {k: v.reshape(episodes, length, *v.shape[1:]) for k, v in arrays.items()}  # views
     progress = tqdm(total=rows, desc=f"collect {task} {mix}", unit="step", disable=None)
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's other threads would wait busily on the physics' cores
     for wave in np.split(np.arange(episodes), range(num_envs, episodes, num_envs)):
         env = LockstepEnv(task, len(wave), threads)
         observations = env.reset((seed * 1_000_003 + 500_000 + wave) % EVAL_SEED)
@@ -515,6 +520,7 @@ def collect(actor, task: str, mix: str, num_transitions: int, num_envs: int, see
             observations = next_observations
             progress.update(len(wave))
     progress.close()
+    torch.set_num_threads(torch_threads)
     returns = by_episode["rewards"].sum(axis=1, dtype=np.float64).tolist()
     arrays = {k: v[:num_transitions] for k, v in arrays.items()}
     arrays["timeouts"][-1] = True  # where the last episode is cut short

@@ -1,0 +1,64 @@
+"""benchmark/speed.py: its counts of operations against torch's own counter, and a tiny run with a peer."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import mop_distill as distill
+import mop_pbrl_teacher as pbrl
+from conftest import ROOT
+
+spec = importlib.util.spec_from_file_location("speed", ROOT / "benchmark/speed.py")
+speed = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(speed)
+
+
+def test_operations_of_a_distillation_step():
+    student, x = distill.Actor(25, 6, 32), torch.randn(2 * 16, 25)
+    with FlopCounterMode(display=False) as counter:
+        distill.mse_loss(student, x, torch.zeros(32, 6)).mean().backward()
+    assert speed.operations(speed.distill_products(batch=16, hidden=32)) == counter.get_total_flops()
+
+
+def test_operations_of_a_pbrl_update():
+    """Critics and, at half its count, the actor's part."""
+    batch, hidden, k = 8, 32, 3
+    actor, target_actor = (pbrl.Actor(24, 6, hidden) for _ in range(2))
+    critics, target_critics = (pbrl.Critics(k, 24, 6, hidden) for _ in range(2))
+    obs, action = torch.randn(batch, 24), torch.zeros(batch, 6)
+    data = obs, action, torch.zeros(batch), obs, torch.zeros(batch)
+    noise = torch.zeros(batch, 6), torch.zeros(3, 2, batch, 6)
+    with FlopCounterMode(display=False) as critic_counter:
+        networks = critics, target_critics, actor, target_actor
+        pbrl.pbrl_critic_backward(networks, data, noise, 1.0, pbrl.Args(), parts=2)
+    with FlopCounterMode(display=False) as actor_counter:
+        torch.autograd.grad(pbrl.pbrl_actor_loss(actor, critics, obs, action), list(actor.parameters()))
+    expected = critic_counter.get_total_flops() + 0.5 * actor_counter.get_total_flops()
+    assert speed.operations(speed.pbrl_products(batch, hidden, k)) == expected
+
+
+def test_a_tiny_run_with_a_peer(tmp_path, monkeypatch, capsys):
+    (tmp_path / "peer.py").write_text(
+        "def make(work, device):\n    return (lambda: None) if work == 'distill' else None\n"
+    )
+    options = ["--works", "distill", "load", "--rounds", "1", "--steps", "1", "--transitions", "2000", "--threads", "1"]
+    options += ["--peer", f"{tmp_path}/peer.py:make", "--output", f"{tmp_path}/speed.json"]
+    monkeypatch.setattr(sys, "argv", ["speed.py", *options])
+    speed.main()
+    assert capsys.readouterr().out.splitlines()[-1].startswith("RESULT ")
+    report = json.loads((tmp_path / "speed.json").read_text())
+    row = report["results"]["distill"]
+    assert 0 < row["floor"] < row["seconds"] and row["ratio"] > 1
+    assert sum(row["shares"].values()) == pytest.approx(1) and min(row["shares"].values()) >= 0
+    assert report["peer"].keys() == {"distill"} and report["peer"]["distill"] < row["seconds"]
+    assert report["results"]["load"]["seconds"] > 0 and report["peak_memory_gib"] > 0
+
+
+def test_a_peer_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--works", "load", "--transitions", "10", "--peer", "none.py:make"])
+    with pytest.raises(SystemExit, match=r"none\.py:make: expected FILE\.py:FUNCTION"):
+        speed.main()
