@@ -307,7 +307,7 @@ def main():
     if args.peer and not (Path(file).is_file() and name):
         raise SystemExit(f"speed.py: error: --peer {args.peer}: expected FILE.py:FUNCTION, an existing file")
     torch.set_num_threads(args.threads or os.cpu_count())
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # TD3 writes to checkpoints/ and data/
         results = time_works(args, Path(folder))
     peers = time_peer(args) if args.peer else {}
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
