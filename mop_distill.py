@@ -16,6 +16,7 @@ Out: student.pt, returns.csv, learning_curve.png, tau.csv (per-state Kendall's t
 ids) and TensorBoard logs in the run's folder under runs/.
 """
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -49,7 +50,7 @@ EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; traini
 WALKER_SPEED = {"walker-stand": 0.0, "walker-walk": 1.0, "walker-run": 8.0}  # m/s, as in dm_control.suite.walker
 VERSIONS = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
 VERSIONS |= {"numpy": np.__version__, "mujoco": mujoco.__version__}
-RESUMABLE = {"device", "threads", "gradient_steps", "eval_episodes", "final_eval_episodes"}
+RESUMABLE = {"device", "threads", "tf32", "cuda_graph", "gradient_steps", "eval_episodes", "final_eval_episodes"}
 
 
 @dataclass
@@ -104,6 +105,10 @@ class Args:
     """auto: cuda where there is one"""
     threads: int = 0
     """CPU threads of torch and of the physics; 0: all cores"""
+    tf32: bool = False
+    """on CUDA: matrix products with 10-bit mantissas (see docs/speed.md)"""
+    cuda_graph: int = 0
+    """on CUDA: updates that are replayed at once as one CUDA graph; 0: none, PyTorch runs every operation"""
 
 
 # ---------------------------------------------------------------------------------------------------------- utilities
@@ -160,12 +165,61 @@ def parse_args(cls):
     return args, point
 
 
-def select_device(device: str, threads: int) -> torch.device:
+def select_device(device: str, threads: int, tf32: bool = False) -> torch.device:
     """Set torch's CPU threads (0: all cores) and return the device; fail where cuda is asked for and there is none."""
     torch.set_num_threads(threads or os.cpu_count())
     if device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device was found; use --device cpu")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high" if tf32 and device.type == "cuda" else "highest")
+    with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(trim_threshold, 2**30)
+        mallopt(mmap_threshold, 2**26)
+    return device
+
+
+def check_cuda_graph(n: int, frequency: int, *intervals: int) -> None:
+    """Fail unless n updates per CUDA graph fit a whole number of times between logs, evaluations and to the end."""
+    if n and (n % frequency or any(interval % n for interval in (1000, *intervals))):
+        expected = f"a multiple of {frequency} that divides 1000 and {', '.join(map(str, intervals))}"
+        fail(f"--cuda-graph: expected {expected} (the intervals of the loop), found {n}")
+
+
+def in_cuda_graph(update, n: int, generator: torch.Generator):
+    """call(step), which makes the updates update(step) to update(step + n - 1) and returns the last one's tensors.
+
+    On CUDA the n updates run eagerly three times, are then recorded as one CUDA graph, and from there on replayed: the
+    same kernels on the same memory without Python between them, so what they return is overwritten by the next call,
+    and step may matter modulo n only. On a CPU they run eagerly. n = 0: update itself.
+    """
+
+    def eager(step):
+        for i in range(n):
+            result = update(step + i)
+        return result
+
+    if n == 0 or generator.device.type != "cuda":
+        return eager if n else update
+    graph, stream, calls, result = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, None
+    graph.register_generator_state(generator)
+
+    def call(step):
+        nonlocal calls, result
+        calls += 1
+        if calls <= 3:  # lazily made states and workspaces come to be outside the graph
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = eager(step)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if calls == 4:
+            with torch.cuda.graph(graph, stream=stream):
+                result = eager(step)  # recorded, not run
+        graph.replay()
+        return result
+
+    return call
 
 
 def make_folder(folder: Path) -> None:
@@ -329,9 +383,9 @@ class Actor(nn.Module):
         self.log_std = log_std
         self.net = nn.Sequential(
             nn.Linear(in_dim, hidden),
-            *([nn.LayerNorm(hidden), nn.Tanh()] if layer_norm else [nn.ReLU()]),
+            *([nn.LayerNorm(hidden), nn.Tanh()] if layer_norm else [nn.ReLU(inplace=True)]),
             nn.Linear(hidden, hidden),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Linear(hidden, 2 * action_dim if log_std else action_dim),
             nn.Tanh(),
         )
@@ -360,18 +414,18 @@ class Critics(nn.Module):
         if layer_norm:
             self.scale, self.shift = nn.Parameter(torch.ones(k, 1, hidden)), nn.Parameter(torch.zeros(k, 1, hidden))
 
-    def network(self, affine, x, w1, b1, w2, b2, w3, b3, scale=None, shift=None):
-        """One critic (x: (B, in), affine: addmm) or all at once (x: (K, B, in), affine: baddbmm)."""
-        h = affine(b1, x, w1)
-        h = torch.tanh(F.layer_norm(h, h.shape[-1:]) * scale + shift) if self.layer_norm else torch.relu_(h)
-        h = torch.relu_(affine(b2, h, w2))
-        return affine(b3, h, w3).squeeze(-1)
+    def network(self, x, w1, b1, w2, b2, w3, b3, scale=None, shift=None):
+        """One critic, (B, in) -> (B,), or all at once, (K, B, in) -> (K, B)."""
+        h = (x @ w1).add_(b1)
+        h = torch.tanh(F.layer_norm(h, h.shape[-1:]) * scale + shift) if self.layer_norm else h.relu_()
+        h = (h @ w2).add_(b2).relu_()
+        return (h @ w3).add_(b3).squeeze(-1)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         x, parameters = torch.cat([obs, action], dim=-1), list(self.parameters())
         if x.is_cuda:  # one batched product per layer; on a CPU a loop over the critics is faster
-            return self.network(torch.baddbmm, x.expand(len(self.w1), *x.shape), *parameters)
-        return torch.stack([self.network(torch.addmm, x, *weights) for weights in zip(*parameters, strict=True)])
+            return self.network(x.expand(len(self.w1), *x.shape), *parameters)
+        return torch.stack([self.network(x, *weights) for weights in zip(*parameters, strict=True)])
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -476,8 +530,9 @@ def load_critics(checkpoint: dict, path) -> Critics:
 # ---------------------------------------------------------------------------------------------------------- algorithm
 def add_task(obs: torch.Tensor, task_id: int, onehot: int = 0) -> torch.Tensor:
     """States with the task id as one more number, (B, obs_dim) -> (B, obs_dim + 1), or as one of `onehot` flags."""
-    code = F.one_hot(torch.tensor(task_id), onehot) if onehot else torch.tensor([task_id])
-    return torch.cat([obs, code.to(obs).expand(len(obs), -1)], dim=1)
+    code = obs.new_zeros(len(obs), onehot or 1)
+    code[:, task_id if onehot else 0].fill_(1 if onehot else task_id)
+    return torch.cat([obs, code], dim=1)
 
 
 def mse_loss(student, x, teacher_action) -> torch.Tensor:
@@ -626,6 +681,8 @@ def main():
     # validate before anything is written
     positive = ["eval_every", "eval_episodes", "final_eval_episodes", "gradient_steps", "learning_rate", "batch_size"]
     check_numbers(args, *positive, "hidden")
+    start = point["step"] if point else 0
+    check_cuda_graph(args.cuda_graph, 1, args.eval_every, args.gradient_steps, start)
     tasks, m = args.tasks, len(args.tasks)
     for name in ("data", "teachers"):
         if len(getattr(args, name)) not in (0, m):
@@ -641,7 +698,7 @@ def main():
         fail("--regularizer: expected two or more tasks, it compares a layer under two task ids")
     levels = args.level * m if len(args.level) == 1 else args.level
     torch.set_flush_denormal(args.regularizer == "pairwise")  # its sigmoids underflow, and such numbers are slow
-    device = select_device(args.device, args.threads)
+    device = select_device(args.device, args.threads, args.tf32)
     eval_envs = [LockstepEnv(task, args.eval_episodes, args.threads) for task in tasks]
     obs_dim, action_dim = eval_envs[0].obs_dim, eval_envs[0].action_dim
     for env in eval_envs:
@@ -701,21 +758,17 @@ def main():
     sizes = {"in_dim": in_dim, "action_dim": action_dim, "hidden": args.hidden}
     options = {"layer_norm": False, "log_std": log_std}
     student = Actor(*sizes.values(), **options).to(device)
-    optimizer = torch.optim.Adam(student.parameters(), lr=args.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(student.parameters(), lr=args.learning_rate, fused=True, capturable=True)
 
     # resume
-    start, rows, tau_rows = 0, [], []
+    rows, tau_rows = [], []
     if point is not None:
-        start, rows, tau_rows = point["step"], point["rows"], point["tau_rows"]
+        rows, tau_rows = point["rows"], point["tau_rows"]
         student.load_state_dict(point["student"])
         optimizer.load_state_dict(point["optimizer"])
         generator.set_state(point["generator"])
 
-    writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
-    writer.add_text("hyperparameters", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
-    progress = tqdm(total=args.gradient_steps, initial=start, desc="distill", unit="step", disable=None)
-    clock = time.time()
-    for step in range(start, args.gradient_steps):
+    def update(step: int) -> tuple[torch.Tensor, ...]:
         # sample a batch of every task
         shape, keywords = (args.batch_size,), {"generator": generator, "device": device}
         index = [torch.randint(o, o + n, shape, **keywords) for o, n in zip(offsets, counts, strict=True)]
@@ -729,6 +782,7 @@ def main():
         else:
             losses = kl_loss(student, x, *label.chunk(2, dim=1))
         loss = losses.mean()
+        rank_loss = torch.zeros(())
         if args.regularizer != "none":
             batches = x[:, :obs_dim].chunk(m)
             others = [torch.cat([add_task(batches[i], (i + k) % m, onehot) for i in range(m)]) for k in range(1, m)]
@@ -737,12 +791,21 @@ def main():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        return losses.detach(), loss.detach(), rank_loss.detach()
+
+    writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
+    writer.add_text("hyperparameters", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
+    progress = tqdm(total=args.gradient_steps, initial=start, desc="distill", unit="step", disable=None)
+    clock = time.time()
+    updates, n = in_cuda_graph(update, args.cuda_graph, generator), args.cuda_graph or 1
+    for step in range(start, args.gradient_steps, n):
+        losses, loss, rank_loss = updates(step)
 
         # log, evaluate, save
-        progress.update()
-        now = step + 1
+        progress.update(n)
+        now = step + n
         if now % 1000 == 0:
-            for task, part in zip(tasks, losses.detach().chunk(m), strict=True):
+            for task, part in zip(tasks, losses.chunk(m), strict=True):
                 writer.add_scalar(f"loss/{args.loss}/{task}", part.mean().item(), now)
             if args.regularizer != "none":
                 writer.add_scalar(f"loss/{args.regularizer}", rank_loss.item(), now)

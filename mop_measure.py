@@ -18,6 +18,7 @@ In:  a student (or naive multi-task) checkpoint, teacher or behaviour checkpoint
 Out: measure.json with everything; of a student also activations.png, activations_sorted.png (Fig. 6.3) and <task>.gif.
 """
 
+import ctypes
 import io
 import itertools
 import json
@@ -134,12 +135,18 @@ def write_atomic(path, write) -> None:
             temporary.unlink()
 
 
-def select_device(device: str, threads: int) -> torch.device:
+def select_device(device: str, threads: int, tf32: bool = False) -> torch.device:
     """Set torch's CPU threads (0: all cores) and return the device; fail where cuda is asked for and there is none."""
     torch.set_num_threads(threads or os.cpu_count())
     if device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device was found; use --device cpu")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high" if tf32 and device.type == "cuda" else "highest")
+    with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(trim_threshold, 2**30)
+        mallopt(mmap_threshold, 2**26)
+    return device
 
 
 def make_folder(folder: Path) -> None:
@@ -387,9 +394,9 @@ class Actor(nn.Module):
         self.log_std = log_std
         self.net = nn.Sequential(
             nn.Linear(in_dim, hidden),
-            *([nn.LayerNorm(hidden), nn.Tanh()] if layer_norm else [nn.ReLU()]),
+            *([nn.LayerNorm(hidden), nn.Tanh()] if layer_norm else [nn.ReLU(inplace=True)]),
             nn.Linear(hidden, hidden),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Linear(hidden, 2 * action_dim if log_std else action_dim),
             nn.Tanh(),
         )
@@ -485,8 +492,9 @@ def load_actor(checkpoint: dict, path) -> Actor:
 # ---------------------------------------------------------------------------------------------------------- algorithm
 def add_task(obs: torch.Tensor, task_id: int, onehot: int = 0) -> torch.Tensor:
     """States with the task id as one more number, (B, obs_dim) -> (B, obs_dim + 1), or as one of `onehot` flags."""
-    code = F.one_hot(torch.tensor(task_id), onehot) if onehot else torch.tensor([task_id])
-    return torch.cat([obs, code.to(obs).expand(len(obs), -1)], dim=1)
+    code = obs.new_zeros(len(obs), onehot or 1)
+    code[:, task_id if onehot else 0].fill_(1 if onehot else task_id)
+    return torch.cat([obs, code], dim=1)
 
 
 def hidden_layers(actor: Actor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ Out: checkpoints/<task i>-from-<task j>-<level of j>-teacher.pt, student.pt in t
 relabelled rewards beside each dataset.
 """
 
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -44,10 +45,9 @@ from tqdm import tqdm
 SCHEMA_VERSION = 1  # of datasets and checkpoints
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; training and collection stay below
 WALKER_SPEED = {"walker-stand": 0.0, "walker-walk": 1.0, "walker-run": 8.0}  # m/s, as in dm_control.suite.walker
-CPU_ROWS = 4096  # rows of a critic in one pass on a CPU: beyond it activations leave the cache
 VERSIONS = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
 VERSIONS |= {"numpy": np.__version__, "mujoco": mujoco.__version__}
-RESUMABLE = {"device", "threads", "gradient_steps", "eval_episodes", "final_eval_episodes"}
+RESUMABLE = {"device", "threads", "tf32", "cuda_graph", "gradient_steps", "eval_episodes", "final_eval_episodes"}
 
 
 @dataclass
@@ -131,6 +131,10 @@ class Args:
     """auto: cuda where there is one"""
     threads: int = 0
     """CPU threads of torch and of the physics; 0: all cores"""
+    tf32: bool = False
+    """on CUDA: matrix products with 10-bit mantissas (see docs/speed.md)"""
+    cuda_graph: int = 0
+    """on CUDA: updates that are replayed at once as one CUDA graph; 0: none, PyTorch runs every operation"""
 
 
 # ---------------------------------------------------------------------------------------------------------- utilities
@@ -187,12 +191,61 @@ def parse_args(cls):
     return args, point
 
 
-def select_device(device: str, threads: int) -> torch.device:
+def select_device(device: str, threads: int, tf32: bool = False) -> torch.device:
     """Set torch's CPU threads (0: all cores) and return the device; fail where cuda is asked for and there is none."""
     torch.set_num_threads(threads or os.cpu_count())
     if device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device was found; use --device cpu")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high" if tf32 and device.type == "cuda" else "highest")
+    with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(trim_threshold, 2**30)
+        mallopt(mmap_threshold, 2**26)
+    return device
+
+
+def check_cuda_graph(n: int, frequency: int, *intervals: int) -> None:
+    """Fail unless n updates per CUDA graph fit a whole number of times between logs, evaluations and to the end."""
+    if n and (n % frequency or any(interval % n for interval in (1000, *intervals))):
+        expected = f"a multiple of {frequency} that divides 1000 and {', '.join(map(str, intervals))}"
+        fail(f"--cuda-graph: expected {expected} (the intervals of the loop), found {n}")
+
+
+def in_cuda_graph(update, n: int, generator: torch.Generator):
+    """call(step), which makes the updates update(step) to update(step + n - 1) and returns the last one's tensors.
+
+    On CUDA the n updates run eagerly three times, are then recorded as one CUDA graph, and from there on replayed: the
+    same kernels on the same memory without Python between them, so what they return is overwritten by the next call,
+    and step may matter modulo n only. On a CPU they run eagerly. n = 0: update itself.
+    """
+
+    def eager(step):
+        for i in range(n):
+            result = update(step + i)
+        return result
+
+    if n == 0 or generator.device.type != "cuda":
+        return eager if n else update
+    graph, stream, calls, result = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, None
+    graph.register_generator_state(generator)
+
+    def call(step):
+        nonlocal calls, result
+        calls += 1
+        if calls <= 3:  # lazily made states and workspaces come to be outside the graph
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = eager(step)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if calls == 4:
+            with torch.cuda.graph(graph, stream=stream):
+                result = eager(step)  # recorded, not run
+        graph.replay()
+        return result
+
+    return call
 
 
 def make_folder(folder: Path) -> None:
@@ -356,9 +409,9 @@ class Actor(nn.Module):
         self.log_std = log_std
         self.net = nn.Sequential(
             nn.Linear(in_dim, hidden),
-            *([nn.LayerNorm(hidden), nn.Tanh()] if layer_norm else [nn.ReLU()]),
+            *([nn.LayerNorm(hidden), nn.Tanh()] if layer_norm else [nn.ReLU(inplace=True)]),
             nn.Linear(hidden, hidden),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Linear(hidden, 2 * action_dim if log_std else action_dim),
             nn.Tanh(),
         )
@@ -387,18 +440,18 @@ class Critics(nn.Module):
         if layer_norm:
             self.scale, self.shift = nn.Parameter(torch.ones(k, 1, hidden)), nn.Parameter(torch.zeros(k, 1, hidden))
 
-    def network(self, affine, x, w1, b1, w2, b2, w3, b3, scale=None, shift=None):
-        """One critic (x: (B, in), affine: addmm) or all at once (x: (K, B, in), affine: baddbmm)."""
-        h = affine(b1, x, w1)
-        h = torch.tanh(F.layer_norm(h, h.shape[-1:]) * scale + shift) if self.layer_norm else torch.relu_(h)
-        h = torch.relu_(affine(b2, h, w2))
-        return affine(b3, h, w3).squeeze(-1)
+    def network(self, x, w1, b1, w2, b2, w3, b3, scale=None, shift=None):
+        """One critic, (B, in) -> (B,), or all at once, (K, B, in) -> (K, B)."""
+        h = (x @ w1).add_(b1)
+        h = torch.tanh(F.layer_norm(h, h.shape[-1:]) * scale + shift) if self.layer_norm else h.relu_()
+        h = (h @ w2).add_(b2).relu_()
+        return (h @ w3).add_(b3).squeeze(-1)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         x, parameters = torch.cat([obs, action], dim=-1), list(self.parameters())
         if x.is_cuda:  # one batched product per layer; on a CPU a loop over the critics is faster
-            return self.network(torch.baddbmm, x.expand(len(self.w1), *x.shape), *parameters)
-        return torch.stack([self.network(torch.addmm, x, *weights) for weights in zip(*parameters, strict=True)])
+            return self.network(x.expand(len(self.w1), *x.shape), *parameters)
+        return torch.stack([self.network(x, *weights) for weights in zip(*parameters, strict=True)])
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -581,21 +634,6 @@ def pbrl_critic_loss(critics, target_critics, actor, target_actor, batch, noise,
     return in_loss + ood_loss, metrics
 
 
-def pbrl_critic_backward(networks, batch, noise, beta_ood, args, parts: int) -> dict:
-    """Backward pass of pbrl_critic_loss, a part of the batch after the other; returns its metrics.
-
-    The gradient is that of the whole batch. On a CPU a part's activations stay in the cache. noise: (B, act) and
-    (num_ood, 2, B, act), standard normal.
-    """
-    metrics = []
-    rows = zip(*(x.chunk(parts) for x in (*batch, noise[0])), noise[1].chunk(parts, dim=2), strict=True)
-    for *part, target_noise, ood_noise in rows:
-        loss, found = pbrl_critic_loss(*networks, part, (target_noise, ood_noise.flatten(1, 2)), beta_ood, args)
-        (loss * (len(target_noise) / len(noise[0]))).backward()
-        metrics.append(found)
-    return {name: torch.stack([found[name] for found in metrics]).mean() for name in metrics[0]}
-
-
 def pbrl_actor_loss(actor, critics, obs, action, bc_coef: float = 0.0) -> torch.Tensor:
     """- mean over the batch of min_k Q_k(s, pi(s)).
 
@@ -623,11 +661,10 @@ def train_teacher(label, transitions, env, device, args, point, log):
     critics, target_critics = (Critics(args.num_critics, *sizes).to(device) for _ in range(2))
     target_actor.load_state_dict(actor.state_dict())
     target_critics.load_state_dict(critics.state_dict())
-    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.teacher_learning_rate, fused=True)
-    critic_optimizer = torch.optim.Adam(critics.parameters(), lr=args.teacher_learning_rate, fused=True)
+    adam = partial(torch.optim.Adam, lr=args.teacher_learning_rate, fused=True, capturable=True)
+    actor_optimizer, critic_optimizer = adam(actor.parameters()), adam(critics.parameters())
     modules = {"actor": actor, "critics": critics, "target_actor": target_actor, "target_critics": target_critics}
     modules |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
-    parts = 1 if device.type == "cuda" else -(-args.teacher_batch_size * (1 + 2 * args.num_ood) // CPU_ROWS)
     start = 0
     if point is not None:
         start = point["step"]
@@ -635,20 +672,23 @@ def train_teacher(label, transitions, env, device, args, point, log):
             module.load_state_dict(point[name])
         generator.set_state(point["generator"])
 
-    progress = tqdm(total=args.teacher_steps, initial=start, desc=label, unit="step", disable=None)
-    for step in range(start, args.teacher_steps):
+    count = torch.tensor(float(start), dtype=torch.float64, device=device)  # the step, where a CUDA graph can read it
+
+    def update(step: int) -> dict:
         # sample
         index = torch.randint(len(transitions), (args.teacher_batch_size,), generator=generator, device=device)
         obs, action, reward, next_obs, terminal = transitions[index].split(columns, dim=1)
         target_noise = torch.randn(action.shape, generator=generator, device=device)
-        ood_noise = torch.randn(args.num_ood, 2, *action.shape, generator=generator, device=device)
-        beta_ood = max(args.beta_ood * args.beta_ood_decay**step, args.beta_ood_min)
+        ood_noise = torch.randn(args.num_ood, 2 * len(obs), env.action_dim, generator=generator, device=device)
+        beta_ood = (args.beta_ood * args.beta_ood_decay**count).clamp(min=args.beta_ood_min)
+        count.add_(1)
 
         # critics
         batch, noise = (obs, action, reward.squeeze(1), next_obs, terminal.squeeze(1)), (target_noise, ood_noise)
         networks = critics, target_critics, actor, target_actor
+        loss, metrics = pbrl_critic_loss(*networks, batch, noise, beta_ood, args)
         critic_optimizer.zero_grad()
-        metrics = pbrl_critic_backward(networks, batch, noise, beta_ood, args, parts)
+        loss.backward()
         critic_optimizer.step()
 
         # actor
@@ -663,10 +703,16 @@ def train_teacher(label, transitions, env, device, args, point, log):
         with torch.no_grad():
             torch._foreach_lerp_(list(target_critics.parameters()), list(critics.parameters()), args.tau)
             torch._foreach_lerp_(list(target_actor.parameters()), list(actor.parameters()), args.actor_tau)
+        return {**metrics, "beta_ood": beta_ood}
+
+    progress = tqdm(total=args.teacher_steps, initial=start, desc=label, unit="step", disable=None)
+    updates, n = in_cuda_graph(update, args.cuda_graph, generator), args.cuda_graph or 1
+    for step in range(start, args.teacher_steps, n):
+        metrics = updates(step)
 
         # log, evaluate, save
-        progress.update()
-        now, state = step + 1, None
+        progress.update(n)
+        now, state = step + n, None
         if now % args.eval_every == 0 or now == args.teacher_steps:
             state = {name: module.state_dict() for name, module in modules.items()}
             state |= {"generator": generator.get_state(), "returns": evaluate(actor, env, device)}
@@ -713,8 +759,9 @@ def q_switch(teachers, obs: torch.Tensor, rows: int = 65_536) -> tuple[torch.Ten
 
 def add_task(obs: torch.Tensor, task_id: int, onehot: int = 0) -> torch.Tensor:
     """States with the task id as one more number, (B, obs_dim) -> (B, obs_dim + 1), or as one of `onehot` flags."""
-    code = F.one_hot(torch.tensor(task_id), onehot) if onehot else torch.tensor([task_id])
-    return torch.cat([obs, code.to(obs).expand(len(obs), -1)], dim=1)
+    code = obs.new_zeros(len(obs), onehot or 1)
+    code[:, task_id if onehot else 0].fill_(1 if onehot else task_id)
+    return torch.cat([obs, code], dim=1)
 
 
 def mse_loss(student, x, teacher_action) -> torch.Tensor:
@@ -735,6 +782,8 @@ def main():
     positive = ["eval_every", "eval_episodes", "final_eval_episodes", "gradient_steps", "learning_rate", "batch_size"]
     positive += ["hidden", "teacher_steps", "teacher_learning_rate", "teacher_batch_size", "teacher_hidden"]
     check_numbers(args, *positive, "tau", "actor_tau", "policy_frequency", "num_critics", "num_ood")
+    lengths = args.teacher_steps, args.gradient_steps, point["step"] if point else 0
+    check_cuda_graph(args.cuda_graph, args.policy_frequency, args.eval_every, *lengths)
     tasks, m = args.tasks, len(args.tasks)
     if m < 2 or len(set(tasks)) < m or len({task.partition("-")[0] for task in tasks}) > 1:
         fail(f"--tasks: expected two or more distinct tasks of one domain, found {', '.join(tasks)}")
@@ -748,7 +797,7 @@ def main():
     if args.num_critics < 2:
         fail(f"--num-critics: expected at least 2 (the uncertainty is their disagreement), found {args.num_critics}")
     levels = args.level * m if len(args.level) == 1 else args.level
-    device = select_device(args.device, args.threads)
+    device = select_device(args.device, args.threads, args.tf32)
     eval_envs = [LockstepEnv(task, args.eval_episodes, args.threads) for task in tasks]
     obs_dim, action_dim = eval_envs[0].obs_dim, eval_envs[0].action_dim
     onehot = m if args.task_encoding == "onehot" else 0
@@ -854,7 +903,7 @@ def main():
     generator = torch.Generator(device).manual_seed(args.seed)
     sizes = {"in_dim": obs_dim + (onehot or 1), "action_dim": action_dim, "hidden": args.hidden}
     student = Actor(*sizes.values()).to(device)
-    optimizer = torch.optim.Adam(student.parameters(), lr=args.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(student.parameters(), lr=args.learning_rate, fused=True, capturable=True)
     start = 0
     if point and phase == m * m:
         start = point["step"]
@@ -862,9 +911,7 @@ def main():
         optimizer.load_state_dict(point["optimizer"])
         generator.set_state(point["generator"])
 
-    progress = tqdm(total=args.gradient_steps, initial=start, desc="student", unit="step", disable=None)
-    student_clock = time.time()
-    for step in range(start, args.gradient_steps):
+    def update(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         # sample a batch of every task, all from the union
         shape, keywords = (args.batch_size,), {"generator": generator, "device": device}
         index = torch.cat([torch.randint(i * len(obs), (i + 1) * len(obs), shape, **keywords) for i in range(m)])
@@ -876,12 +923,19 @@ def main():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        return losses.detach(), loss.detach()
+
+    progress = tqdm(total=args.gradient_steps, initial=start, desc="student", unit="step", disable=None)
+    student_clock = time.time()
+    updates, n = in_cuda_graph(update, args.cuda_graph, generator), args.cuda_graph or 1
+    for step in range(start, args.gradient_steps, n):
+        losses, loss = updates(step)
 
         # log, evaluate, save
-        progress.update()
-        now = step + 1
+        progress.update(n)
+        now = step + n
         if now % 1000 == 0:
-            for task, part in zip(tasks, losses.detach().chunk(m), strict=True):
+            for task, part in zip(tasks, losses.chunk(m), strict=True):
                 writer.add_scalar(f"loss/mse/{task}", part.mean().item(), now)
             writer.add_scalar("speed/steps_per_second", (now - start) / (time.time() - student_clock), now)
         if now % args.eval_every == 0 or now == args.gradient_steps:

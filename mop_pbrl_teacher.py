@@ -13,6 +13,7 @@ In:  data/<task>-<level>.npz (mop_td3_collect.py).
 Out: checkpoints/<task>-<level>-teacher.pt with actor and critics, and the run's folder under runs/.
 """
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -43,10 +44,9 @@ SCHEMA_VERSION = 1  # of datasets and checkpoints
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; training and collection stay below
 LOG_STD = {"deterministic": None, "gaussian": (-5.0, 0.0), "gaussian-tanh": (-1.0, 1.0)}  # bounds
 WALKER_SPEED = {"walker-stand": 0.0, "walker-walk": 1.0, "walker-run": 8.0}  # m/s, as in dm_control.suite.walker
-CPU_ROWS = 4096  # rows of a critic in one pass on a CPU: beyond it activations leave the cache
 VERSIONS = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
 VERSIONS |= {"numpy": np.__version__, "mujoco": mujoco.__version__}
-RESUMABLE = {"device", "threads", "gradient_steps", "eval_episodes", "final_eval_episodes"}
+RESUMABLE = {"device", "threads", "tf32", "cuda_graph", "gradient_steps", "eval_episodes", "final_eval_episodes"}
 
 
 @dataclass
@@ -121,6 +121,10 @@ class Args:
     """auto: cuda where there is one"""
     threads: int = 0
     """CPU threads of torch and of the physics; 0: all cores"""
+    tf32: bool = False
+    """on CUDA: matrix products with 10-bit mantissas (see docs/speed.md)"""
+    cuda_graph: int = 0
+    """on CUDA: updates that are replayed at once as one CUDA graph; 0: none, PyTorch runs every operation"""
 
 
 # ---------------------------------------------------------------------------------------------------------- utilities
@@ -177,12 +181,61 @@ def parse_args(cls):
     return args, point
 
 
-def select_device(device: str, threads: int) -> torch.device:
+def select_device(device: str, threads: int, tf32: bool = False) -> torch.device:
     """Set torch's CPU threads (0: all cores) and return the device; fail where cuda is asked for and there is none."""
     torch.set_num_threads(threads or os.cpu_count())
     if device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device was found; use --device cpu")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high" if tf32 and device.type == "cuda" else "highest")
+    with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(trim_threshold, 2**30)
+        mallopt(mmap_threshold, 2**26)
+    return device
+
+
+def check_cuda_graph(n: int, frequency: int, *intervals: int) -> None:
+    """Fail unless n updates per CUDA graph fit a whole number of times between logs, evaluations and to the end."""
+    if n and (n % frequency or any(interval % n for interval in (1000, *intervals))):
+        expected = f"a multiple of {frequency} that divides 1000 and {', '.join(map(str, intervals))}"
+        fail(f"--cuda-graph: expected {expected} (the intervals of the loop), found {n}")
+
+
+def in_cuda_graph(update, n: int, generator: torch.Generator):
+    """call(step), which makes the updates update(step) to update(step + n - 1) and returns the last one's tensors.
+
+    On CUDA the n updates run eagerly three times, are then recorded as one CUDA graph, and from there on replayed: the
+    same kernels on the same memory without Python between them, so what they return is overwritten by the next call,
+    and step may matter modulo n only. On a CPU they run eagerly. n = 0: update itself.
+    """
+
+    def eager(step):
+        for i in range(n):
+            result = update(step + i)
+        return result
+
+    if n == 0 or generator.device.type != "cuda":
+        return eager if n else update
+    graph, stream, calls, result = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, None
+    graph.register_generator_state(generator)
+
+    def call(step):
+        nonlocal calls, result
+        calls += 1
+        if calls <= 3:  # lazily made states and workspaces come to be outside the graph
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = eager(step)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if calls == 4:
+            with torch.cuda.graph(graph, stream=stream):
+                result = eager(step)  # recorded, not run
+        graph.replay()
+        return result
+
+    return call
 
 
 def make_folder(folder: Path) -> None:
@@ -346,9 +399,9 @@ class Actor(nn.Module):
         self.log_std = log_std
         self.net = nn.Sequential(
             nn.Linear(in_dim, hidden),
-            *([nn.LayerNorm(hidden), nn.Tanh()] if layer_norm else [nn.ReLU()]),
+            *([nn.LayerNorm(hidden), nn.Tanh()] if layer_norm else [nn.ReLU(inplace=True)]),
             nn.Linear(hidden, hidden),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Linear(hidden, 2 * action_dim if log_std else action_dim),
             nn.Tanh(),
         )
@@ -377,18 +430,18 @@ class Critics(nn.Module):
         if layer_norm:
             self.scale, self.shift = nn.Parameter(torch.ones(k, 1, hidden)), nn.Parameter(torch.zeros(k, 1, hidden))
 
-    def network(self, affine, x, w1, b1, w2, b2, w3, b3, scale=None, shift=None):
-        """One critic (x: (B, in), affine: addmm) or all at once (x: (K, B, in), affine: baddbmm)."""
-        h = affine(b1, x, w1)
-        h = torch.tanh(F.layer_norm(h, h.shape[-1:]) * scale + shift) if self.layer_norm else torch.relu_(h)
-        h = torch.relu_(affine(b2, h, w2))
-        return affine(b3, h, w3).squeeze(-1)
+    def network(self, x, w1, b1, w2, b2, w3, b3, scale=None, shift=None):
+        """One critic, (B, in) -> (B,), or all at once, (K, B, in) -> (K, B)."""
+        h = (x @ w1).add_(b1)
+        h = torch.tanh(F.layer_norm(h, h.shape[-1:]) * scale + shift) if self.layer_norm else h.relu_()
+        h = (h @ w2).add_(b2).relu_()
+        return (h @ w3).add_(b3).squeeze(-1)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         x, parameters = torch.cat([obs, action], dim=-1), list(self.parameters())
         if x.is_cuda:  # one batched product per layer; on a CPU a loop over the critics is faster
-            return self.network(torch.baddbmm, x.expand(len(self.w1), *x.shape), *parameters)
-        return torch.stack([self.network(torch.addmm, x, *weights) for weights in zip(*parameters, strict=True)])
+            return self.network(x.expand(len(self.w1), *x.shape), *parameters)
+        return torch.stack([self.network(x, *weights) for weights in zip(*parameters, strict=True)])
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -474,21 +527,6 @@ def pbrl_critic_loss(critics, target_critics, actor, target_actor, batch, noise,
     return in_loss + ood_loss, metrics
 
 
-def pbrl_critic_backward(networks, batch, noise, beta_ood, args, parts: int) -> dict:
-    """Backward pass of pbrl_critic_loss, a part of the batch after the other; returns its metrics.
-
-    The gradient is that of the whole batch. On a CPU a part's activations stay in the cache. noise: (B, act) and
-    (num_ood, 2, B, act), standard normal.
-    """
-    metrics = []
-    rows = zip(*(x.chunk(parts) for x in (*batch, noise[0])), noise[1].chunk(parts, dim=2), strict=True)
-    for *part, target_noise, ood_noise in rows:
-        loss, found = pbrl_critic_loss(*networks, part, (target_noise, ood_noise.flatten(1, 2)), beta_ood, args)
-        (loss * (len(target_noise) / len(noise[0]))).backward()
-        metrics.append(found)
-    return {name: torch.stack([found[name] for found in metrics]).mean() for name in metrics[0]}
-
-
 def pbrl_actor_loss(actor, critics, obs, action, bc_coef: float = 0.0) -> torch.Tensor:
     """- mean over the batch of min_k Q_k(s, pi(s)).
 
@@ -504,8 +542,9 @@ def pbrl_actor_loss(actor, critics, obs, action, bc_coef: float = 0.0) -> torch.
 
 def add_task(obs: torch.Tensor, task_id: int, onehot: int = 0) -> torch.Tensor:
     """States with the task id as one more number, (B, obs_dim) -> (B, obs_dim + 1), or as one of `onehot` flags."""
-    code = F.one_hot(torch.tensor(task_id), onehot) if onehot else torch.tensor([task_id])
-    return torch.cat([obs, code.to(obs).expand(len(obs), -1)], dim=1)
+    code = obs.new_zeros(len(obs), onehot or 1)
+    code[:, task_id if onehot else 0].fill_(1 if onehot else task_id)
+    return torch.cat([obs, code], dim=1)
 
 
 def act(actor: Actor, task_id: int | None, generator: torch.Generator, obs: torch.Tensor) -> torch.Tensor:
@@ -524,6 +563,8 @@ def main():
     # validate before anything is written
     positive = ["eval_every", "eval_episodes", "final_eval_episodes", "gradient_steps", "learning_rate", "batch_size"]
     check_numbers(args, *positive, "hidden", "tau", "actor_tau", "policy_frequency", "num_critics", "num_ood")
+    start = point["step"] if point else 0
+    check_cuda_graph(args.cuda_graph, args.policy_frequency, args.eval_every, args.gradient_steps, start)
     tasks = args.tasks or (args.task,)
     naive, m = bool(args.tasks), len(tasks)
     if naive and (m < 2 or len(set(tasks)) < m):
@@ -533,7 +574,7 @@ def main():
     if args.num_critics < 2:
         fail(f"--num-critics: expected at least 2 (the uncertainty is their disagreement), found {args.num_critics}")
     levels = args.level * m if len(args.level) == 1 else args.level
-    device = select_device(args.device, args.threads)
+    device = select_device(args.device, args.threads, args.tf32)
     eval_envs = [LockstepEnv(task, args.eval_episodes, args.threads) for task in tasks]
     obs_dim, action_dim = eval_envs[0].obs_dim, eval_envs[0].action_dim
 
@@ -568,45 +609,44 @@ def main():
         [Critics(args.num_critics, obs_dim, action_dim, args.hidden).to(device) for _ in tasks] for _ in range(2)
     )
     target_actor.load_state_dict(actor.state_dict())
-    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.learning_rate, fused=True)
-    critic_optimizers = [torch.optim.Adam(c.parameters(), lr=args.learning_rate, fused=True) for c in critics]
+    adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=True)
+    actor_optimizer, critic_optimizers = adam(actor.parameters()), [adam(c.parameters()) for c in critics]
     modules = {"actor": actor, "target_actor": target_actor, "actor_optimizer": actor_optimizer}
     for i in range(m):
         target_critics[i].load_state_dict(critics[i].state_dict())
         parts = {"critics": critics[i], "target_critics": target_critics[i], "critic_optimizer": critic_optimizers[i]}
         modules |= {f"{name}_{i}" if naive else name: part for name, part in parts.items()}
 
-    # the critics see one data row and 2 * num_ood OOD rows per transition; on a CPU in parts that its cache holds
-    parts = 1 if device.type == "cuda" else -(-args.batch_size * (1 + 2 * args.num_ood) // CPU_ROWS)
-
     # resume
-    start, rows = 0, []
+    rows = point["rows"] if point else []
     if point is not None:
-        start, rows = point["step"], point["rows"]
         for name, module in modules.items():
             module.load_state_dict(point[name])
         generator.set_state(point["generator"])
 
-    writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
-    writer.add_text("hyperparameters", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
-    progress = tqdm(total=args.gradient_steps, initial=start, desc=output.stem, unit="step", disable=None)
-    clock = time.time()
-    for step in range(start, args.gradient_steps):
-        beta_ood = max(args.beta_ood * args.beta_ood_decay**step, args.beta_ood_min)
-        for i in range(m):  # one task, or (naive) every task in turn
+    count = torch.tensor(float(start), dtype=torch.float64, device=device)  # the step, where a CUDA graph can read it
+
+    def update(step: int) -> dict:
+        """Critics, in every policy_frequency-th step the actor, targets; of one task or (naive) every task in turn."""
+        beta_ood = (args.beta_ood * args.beta_ood_decay**count).clamp(min=args.beta_ood_min)
+        metrics = {"beta_ood": beta_ood}
+        count.add_(1)
+        for i in range(m):
             # sample
             index = torch.randint(len(transitions[i]), (args.batch_size,), generator=generator, device=device)
             obs, action, reward, next_obs, terminal = transitions[i][index].split(columns, dim=1)
             target_noise = torch.randn(action.shape, generator=generator, device=device)
-            ood_noise = torch.randn(args.num_ood, 2, len(obs), action_dim, generator=generator, device=device)
+            ood_noise = torch.randn(args.num_ood, 2 * len(obs), action_dim, generator=generator, device=device)
             policy, target_policy = (partial(act, a, i if naive else None, generator) for a in (actor, target_actor))
 
             # critics
             batch, noise = (obs, action, reward.squeeze(1), next_obs, terminal.squeeze(1)), (target_noise, ood_noise)
             networks = critics[i], target_critics[i], policy, target_policy
+            loss, found = pbrl_critic_loss(*networks, batch, noise, beta_ood, args)
             critic_optimizers[i].zero_grad()
-            metrics = pbrl_critic_backward(networks, batch, noise, beta_ood, args, parts)
+            loss.backward()
             critic_optimizers[i].step()
+            metrics |= {f"{name}/{tasks[i]}" if naive else name: value for name, value in found.items()}
 
             # actor
             if step % args.policy_frequency == 0:
@@ -620,17 +660,22 @@ def main():
             with torch.no_grad():
                 torch._foreach_lerp_(list(target_critics[i].parameters()), list(critics[i].parameters()), args.tau)
                 torch._foreach_lerp_(list(target_actor.parameters()), list(actor.parameters()), args.actor_tau)
+        return metrics
 
-            # log
-            if (step + 1) % 1000 == 0:
-                for name, value in metrics.items():
-                    writer.add_scalar(f"{name}/{tasks[i]}" if naive else name, value.item(), step + 1)
+    writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
+    writer.add_text("hyperparameters", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
+    progress = tqdm(total=args.gradient_steps, initial=start, desc=output.stem, unit="step", disable=None)
+    clock = time.time()
+    updates, n = in_cuda_graph(update, args.cuda_graph, generator), args.cuda_graph or 1
+    for step in range(start, args.gradient_steps, n):
+        metrics = updates(step)
 
         # log, evaluate, save
-        progress.update()
-        now = step + 1
+        progress.update(n)
+        now = step + n
         if now % 1000 == 0:
-            writer.add_scalar("beta_ood", beta_ood, now)
+            for name, value in metrics.items():
+                writer.add_scalar(name, value.item(), now)
             writer.add_scalar("speed/steps_per_second", (now - start) / (time.time() - clock), now)
         if now % args.eval_every == 0 or now == args.gradient_steps:
             texts = []

@@ -12,6 +12,7 @@ In:  nothing, or a behaviour or teacher checkpoint (--policy).
 Out: checkpoints/<task>-<level>-behavior.pt, data/<task>-<level>.npz, and the run's folder under runs/.
 """
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -44,7 +45,7 @@ EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; traini
 WALKER_SPEED = {"walker-stand": 0.0, "walker-walk": 1.0, "walker-run": 8.0}  # m/s, as in dm_control.suite.walker
 VERSIONS = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
 VERSIONS |= {"numpy": np.__version__, "mujoco": mujoco.__version__}
-RESUMABLE = {"device", "threads", "total_timesteps", "eval_episodes", "final_eval_episodes"}
+RESUMABLE = {"device", "threads", "tf32", "cuda_graph", "total_timesteps", "eval_episodes", "final_eval_episodes"}
 RESUMABLE |= {"expert_return", "datasets", "num_transitions", "num_envs"}
 
 
@@ -116,6 +117,10 @@ class Args:
     """auto: cuda where there is one"""
     threads: int = 0
     """CPU threads of torch and of the physics; 0: all cores"""
+    tf32: bool = False
+    """on CUDA: matrix products with 10-bit mantissas (see docs/speed.md)"""
+    cuda_graph: Literal[0, 1] = 0
+    """on CUDA: 1 replays an update as one CUDA graph, beside the physics; 0: PyTorch runs every operation"""
 
 
 # ---------------------------------------------------------------------------------------------------------- utilities
@@ -172,12 +177,54 @@ def parse_args(cls):
     return args, point
 
 
-def select_device(device: str, threads: int) -> torch.device:
+def select_device(device: str, threads: int, tf32: bool = False) -> torch.device:
     """Set torch's CPU threads (0: all cores) and return the device; fail where cuda is asked for and there is none."""
     torch.set_num_threads(threads or os.cpu_count())
     if device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device was found; use --device cpu")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high" if tf32 and device.type == "cuda" else "highest")
+    with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(trim_threshold, 2**30)
+        mallopt(mmap_threshold, 2**26)
+    return device
+
+
+def in_cuda_graph(update, n: int, generator: torch.Generator):
+    """call(step), which makes the updates update(step) to update(step + n - 1) and returns the last one's tensors.
+
+    On CUDA the n updates run eagerly three times, are then recorded as one CUDA graph, and from there on replayed: the
+    same kernels on the same memory without Python between them, so what they return is overwritten by the next call,
+    and step may matter modulo n only. On a CPU they run eagerly. n = 0: update itself.
+    """
+
+    def eager(step):
+        for i in range(n):
+            result = update(step + i)
+        return result
+
+    if n == 0 or generator.device.type != "cuda":
+        return eager if n else update
+    graph, stream, calls, result = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, None
+    graph.register_generator_state(generator)
+
+    def call(step):
+        nonlocal calls, result
+        calls += 1
+        if calls <= 3:  # lazily made states and workspaces come to be outside the graph
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = eager(step)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if calls == 4:
+            with torch.cuda.graph(graph, stream=stream):
+                result = eager(step)  # recorded, not run
+        graph.replay()
+        return result
+
+    return call
 
 
 def make_folder(folder: Path) -> None:
@@ -341,9 +388,9 @@ class Actor(nn.Module):
         self.log_std = log_std
         self.net = nn.Sequential(
             nn.Linear(in_dim, hidden),
-            *([nn.LayerNorm(hidden), nn.Tanh()] if layer_norm else [nn.ReLU()]),
+            *([nn.LayerNorm(hidden), nn.Tanh()] if layer_norm else [nn.ReLU(inplace=True)]),
             nn.Linear(hidden, hidden),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Linear(hidden, 2 * action_dim if log_std else action_dim),
             nn.Tanh(),
         )
@@ -372,18 +419,18 @@ class Critics(nn.Module):
         if layer_norm:
             self.scale, self.shift = nn.Parameter(torch.ones(k, 1, hidden)), nn.Parameter(torch.zeros(k, 1, hidden))
 
-    def network(self, affine, x, w1, b1, w2, b2, w3, b3, scale=None, shift=None):
-        """One critic (x: (B, in), affine: addmm) or all at once (x: (K, B, in), affine: baddbmm)."""
-        h = affine(b1, x, w1)
-        h = torch.tanh(F.layer_norm(h, h.shape[-1:]) * scale + shift) if self.layer_norm else torch.relu_(h)
-        h = torch.relu_(affine(b2, h, w2))
-        return affine(b3, h, w3).squeeze(-1)
+    def network(self, x, w1, b1, w2, b2, w3, b3, scale=None, shift=None):
+        """One critic, (B, in) -> (B,), or all at once, (K, B, in) -> (K, B)."""
+        h = (x @ w1).add_(b1)
+        h = torch.tanh(F.layer_norm(h, h.shape[-1:]) * scale + shift) if self.layer_norm else h.relu_()
+        h = (h @ w2).add_(b2).relu_()
+        return (h @ w3).add_(b3).squeeze(-1)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         x, parameters = torch.cat([obs, action], dim=-1), list(self.parameters())
         if x.is_cuda:  # one batched product per layer; on a CPU a loop over the critics is faster
-            return self.network(torch.baddbmm, x.expand(len(self.w1), *x.shape), *parameters)
-        return torch.stack([self.network(torch.addmm, x, *weights) for weights in zip(*parameters, strict=True)])
+            return self.network(x.expand(len(self.w1), *x.shape), *parameters)
+        return torch.stack([self.network(x, *weights) for weights in zip(*parameters, strict=True)])
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -548,7 +595,7 @@ def collect_only(args: Args) -> None:
     if path.exists() and not args.overwrite:
         fail(f"{path}: exists already; pass --overwrite to replace it or choose another --output")
     make_folder(path.parent)
-    device = select_device(args.device, args.threads)
+    device = select_device(args.device, args.threads, args.tf32)
     actor = load_actor(checkpoint, args.policy).to(device)
     returns = write_collected(path, actor, args, task, level, args.mix, Path(args.policy).name, device)
     print("RESULT", json.dumps({"returns": {task: summarize(returns)}, "files": [str(path)]}))
@@ -572,7 +619,7 @@ def main():
         fail(f"--medium-step: expected {limits}, found {args.medium_step}; or give a --medium-return")
     checkpoints = {level: Path(f"checkpoints/{task}-{level}-behavior.pt") for level in ("medium", "expert")}
     datasets = {name: Path(f"data/{task}-{name}.npz") for name in args.datasets}
-    device = select_device(args.device, args.threads)
+    device = select_device(args.device, args.threads, args.tf32)
     name, outputs = f"{Path(__file__).stem}-{task}-seed{args.seed}", [*checkpoints.values(), *datasets.values()]
     run_dir = prepare_outputs(args, name, outputs)
 
@@ -585,8 +632,8 @@ def main():
     target_critics = Critics(2, env.obs_dim, env.action_dim, args.hidden, layer_norm=True).to(device)
     target_actor.load_state_dict(actor.state_dict())
     target_critics.load_state_dict(critics.state_dict())
-    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.learning_rate, fused=True)
-    critic_optimizer = torch.optim.Adam(critics.parameters(), lr=args.learning_rate, fused=True)
+    adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=True)
+    actor_optimizer, critic_optimizer = adam(actor.parameters()), adam(critics.parameters())
     online = [*actor.parameters(), *critics.parameters()]
     targets = [*target_actor.parameters(), *target_critics.parameters()]
 
@@ -614,12 +661,37 @@ def main():
             module.load_state_dict(point[name])
         generator.set_state(point["generator"])
 
+    filled = torch.zeros((), dtype=torch.float64, device=device)  # rows in the replay buffer
+    zero = torch.zeros((), device=device)
+
+    def update(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The critics, and in every policy_frequency-th step the actor and the targets; returns both losses."""
+        index = torch.rand(args.batch_size, generator=generator, dtype=torch.float64, device=device) * filled
+        o, a, r, o2 = replay[index.long()].split(columns, dim=1)
+        noise = torch.randn(a.shape, generator=generator, device=device)
+        q_loss = td3_critic_loss(critics, target_critics, target_actor, (o, a, r.squeeze(1), o2), noise, args)
+        critic_optimizer.zero_grad()
+        q_loss.backward()
+        critic_optimizer.step()
+        if step % args.policy_frequency:
+            return q_loss.detach(), zero
+        pi_loss = td3_actor_loss(actor, critics, o)
+        gradients = torch.autograd.grad(pi_loss, list(actor.parameters()))  # none for the critics
+        for parameter, gradient in zip(actor.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        actor_optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(targets, online, args.tau)
+        return q_loss.detach(), pi_loss.detach()
+
+    critics_only, with_actor = (in_cuda_graph(update, args.cuda_graph, generator) for _ in range(2))  # two graphs
+
     writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
     writer.add_text("hyperparameters", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
     eval_env = LockstepEnv(task, args.eval_episodes, args.threads)
     progress = tqdm(total=args.total_timesteps, initial=start, desc=task, unit="step", disable=None)
     clock = time.time()
-    q_loss = pi_loss = torch.zeros(())
+    q_loss = pi_loss = zero
     for step in range(start, start if done else args.total_timesteps):
         if step % length == 0:
             obs = env.reset([(args.seed * 1_000_003 + step // length) % EVAL_SEED])
@@ -632,30 +704,22 @@ def main():
             with torch.no_grad():
                 action = (actor(torch.from_numpy(obs).to(device)) + noise).clamp(-1, 1)
         action = action.cpu().numpy()
+
+        # learn from the steps before this one: on a GPU while the physics below runs on the CPU
+        if step >= max(args.learning_starts, 1):
+            filled.fill_(step)
+            if step % args.policy_frequency == 0:
+                q_loss, pi_loss = with_actor(step)
+            else:
+                q_loss, _ = critics_only(step)
+
+        # environment
         next_obs, reward = env.step(action)
         row = np.concatenate([obs, action, reward[:, None], next_obs], axis=1)
         replay_file[step], replay_physics[step] = row[0], env.physics_state()[0]
         if replay.is_cuda:
             replay[step] = torch.from_numpy(row[0])
         obs = next_obs
-
-        # learn
-        if step >= args.learning_starts:
-            index = torch.randint(step + 1, (args.batch_size,), generator=generator, device=device)
-            o, a, r, o2 = replay[index].split(columns, dim=1)
-            noise = torch.randn(a.shape, generator=generator, device=device)
-            q_loss = td3_critic_loss(critics, target_critics, target_actor, (o, a, r.squeeze(1), o2), noise, args)
-            critic_optimizer.zero_grad()
-            q_loss.backward()
-            critic_optimizer.step()
-            if step % args.policy_frequency == 0:
-                pi_loss = td3_actor_loss(actor, critics, o)
-                gradients = torch.autograd.grad(pi_loss, list(actor.parameters()))  # none for the critics
-                for parameter, gradient in zip(actor.parameters(), gradients, strict=True):
-                    parameter.grad = gradient
-                actor_optimizer.step()
-                with torch.no_grad():
-                    torch._foreach_lerp_(targets, online, args.tau)
 
         # log, evaluate, save
         progress.update()

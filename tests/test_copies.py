@@ -23,6 +23,7 @@ EXCEPTIONS = {
     "Args.hidden": "the thesis's width for TD3 differs",
     "Args.batch_size": "of transitions, of states per task",
     "Args.gradient_steps": "thesis: 1M for teachers, 500k for students",
+    "Args.cuda_graph": "of TD3, where an update follows every step of the environment, at most one",
     "Args.tau": "thesis: 1e-2 for TD3, 5e-3 for PBRL",
     "Args.policy_noise": "thesis: 0.3 for TD3, 0.2 for PBRL",
     "Args.noise_clip": "TD3 0.3, PBRL 0.5; in PBRL for the OOD noise, too",

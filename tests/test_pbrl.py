@@ -58,24 +58,6 @@ def test_critic_loss_equals_a_plain_loop(setup):
     assert loss.item() == pytest.approx(in_loss + ood_loss, rel=1e-5)
 
 
-def test_backward_in_parts_is_that_of_the_whole_batch(setup):
-    """6 transitions in 1, 2, 3 and 4 parts (the last: of 2, 2, 2 and none); one part is bitwise the plain backward."""
-    actor, target_actor, critics, target_critics, batch, noise, args = setup
-    networks = critics, target_critics, actor, target_actor
-    loss, metrics = pbrl.pbrl_critic_loss(*networks, batch, noise, 1.5, args)
-    loss.backward()
-    whole = [p.grad.clone() for p in critics.parameters()]
-    for parts in (1, 2, 3, 4):
-        critics.zero_grad()
-        split_noise = noise[0], noise[1].view(N_OOD, 2, B, ACT)
-        found = pbrl.pbrl_critic_backward(networks, batch, split_noise, 1.5, args, parts)
-        for parameter, gradient in zip(critics.parameters(), whole, strict=True):
-            torch.testing.assert_close(parameter.grad, gradient, rtol=0 if parts == 1 else 1e-4, atol=1e-6)
-        assert found.keys() == metrics.keys()
-        for name in ("loss/in_distribution", "loss/ood", "value/q_ood"):
-            torch.testing.assert_close(found[name], metrics[name].detach())
-
-
 def test_ood_target_is_a_constant(setup):
     """The gradient equals the one with the targets held fixed as numbers (by finite differences on one weight)."""
     actor, target_actor, critics, target_critics, batch, noise, args = setup
