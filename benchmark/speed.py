@@ -3,13 +3,16 @@
   python benchmark/speed.py                        # everything; table, and JSON in benchmark/results/
   python benchmark/speed.py --works pbrl distill   # some of it
   python benchmark/speed.py --peer peer.py:make    # another implementation in the same run
+  python benchmark/speed.py --device cuda --cuda-graph 10 --tf32
 
 A training script is run through its own main() on a made-up dataset, with its progress bar replaced by a clock, so that
 nothing of the loop is left out or copied. The floor of a step is the time of its matrix products alone, each shape at
-the rate that this machine reaches for it, measured between the rounds of the loop. Figures are medians over rounds.
+the rate that this machine reaches for it, measured between the rounds of the loop; on a GPU, where that is more, the
+time to move the products' operands at the bandwidth of a copy. Figures are medians over rounds. Shares are those of a
+whole run: of a step, plus one evaluation of every task per 10,000 steps and one log per 1000.
 
 peer.py:make is called as make(work, device) and returns a function to time, one step of pbrl, distill or td3 or one
-evaluation of 10 episodes, or None where it has none.
+evaluation of 10 episodes, or None where it has none. Its rounds take turns with ours.
 """
 
 import contextlib
@@ -18,8 +21,8 @@ import io
 import json
 import os
 import platform
-import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +34,7 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("MUJOCO_GL", "disable")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 
 import numpy as np
 import torch
@@ -41,23 +45,27 @@ import mop_pbrl_teacher
 import mop_td3_collect
 
 OBS, ACT = 24, 6  # the walker's
-Work = Literal["pbrl", "distill", "td3", "evaluation", "collect", "load"]
+Work = Literal["pbrl", "distill", "td3", "evaluation", "collect", "load", "memory"]
 
 
 @dataclass
 class Args:
-    works: tuple[Work, ...] = ("pbrl", "distill", "td3", "evaluation", "collect", "load")
-    """what to time"""
+    works: tuple[Work, ...] = ("pbrl", "distill", "td3", "evaluation", "collect", "load", "memory")
+    """what to time, and the memory of a run"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the training loops run"""
     threads: int = 0
     """CPU threads; 0: all cores"""
+    tf32: bool = False
+    """the scripts' flag"""
+    cuda_graph: int = 0
+    """the scripts' flag (TD3: 1 where this is above 0); --steps must be a multiple of it"""
     rounds: int = 5
     """rounds of a loop and its floor, after one to warm up"""
     steps: int = 20
     """steps of a loop per round"""
     transitions: int = 1_000_000
-    """rows of the collection and of the loaded dataset; a smaller number is scaled up to 1M"""
+    """rows of the collection and of the loaded dataset; the times of a smaller number are scaled up to 1M"""
     peer: str | None = None
     """FILE.py:FUNCTION that makes another implementation's functions"""
     output: str | None = None
@@ -119,12 +127,23 @@ def median_time(function, repeats: int, device: str = "cpu") -> float:
 
 
 def floor(products: list, device: str) -> float:
-    """Seconds of the products alone, each shape at the rate it reaches now."""
-    seconds = {}
+    """Seconds of the products alone, each shape at the rate it reaches now; on a GPU at least those of their bytes."""
+    seconds, least = {}, operand_bytes(products) / bandwidth() if device == "cuda" else 0.0
     for m, k, n in {shape for _, shapes in products for shape in shapes}:
         a, b, out = (torch.randn(*shape, device=device) for shape in ((m, k), (k, n), (m, n)))
         seconds[m, k, n] = median_time(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), 9, device)
-    return sum(count * seconds[shape] for count, shapes in products for shape in shapes)
+    return max(least, sum(count * seconds[shape] for count, shapes in products for shape in shapes))
+
+
+def bandwidth() -> float:
+    """Bytes per second of a copy on the GPU, read and written."""
+    a, b = (torch.empty(2**28, device="cuda") for _ in range(2))
+    return 2 * a.numel() * a.element_size() / median_time(lambda: b.copy_(a), 9, "cuda")
+
+
+def operand_bytes(products: list) -> float:
+    """Bytes of the products' operands and results, each moved once."""
+    return sum(count * 4 * (m * k + k * n + m * n) for count, shapes in products for m, k, n in shapes)
 
 
 def operations(products: list) -> float:
@@ -146,7 +165,7 @@ class Clock:
         self.count, self.start = 0, time.perf_counter()
 
     def update(self, n=1):
-        self.count += 1
+        self.count += n
         if self.count % Clock.steps == 0:
             if Clock.device == "cuda":
                 torch.cuda.synchronize()
@@ -183,40 +202,69 @@ def run_loop(module, argv: list, on_round, steps: int, device: str) -> None:
         module.tqdm, module.evaluate, sys.argv = originals
 
 
-def shares(profile) -> dict:
-    """Share of each part in the time on the CPU, from a profile of some steps."""
+def shares(profile, device: str) -> dict:
+    """Share of each part in the time of some steps, from their profile."""
     seconds = dict.fromkeys(("sampling", "backward", "optimiser", "targets"), 0.0)
-    parts = {"aten::randint": "sampling", "aten::randn": "sampling", "aten::index": "sampling"}
+    parts = dict.fromkeys(("aten::randint", "aten::randn", "aten::rand", "aten::index"), "sampling")
     parts |= {"aten::_foreach_lerp_": "targets", "Optimizer.step#Adam.step": "optimiser"}
-    for row in profile.key_averages():
+    rows = profile.key_averages()
+    total = sum(row.self_device_time_total if device == "cuda" else row.self_cpu_time_total for row in rows)
+    for row in rows:
+        spent = row.device_time_total if device == "cuda" else row.cpu_time_total
         if row.key.startswith("autograd::engine::evaluate_function"):
-            seconds["backward"] += row.cpu_time_total
+            seconds["backward"] += spent
         elif row.key in parts:
-            seconds[parts[row.key]] += row.cpu_time_total
-    total = sum(row.self_cpu_time_total for row in profile.key_averages())
+            seconds[parts[row.key]] += spent
     found = {name: value / total for name, value in seconds.items()}
-    return {**found, "forward and the rest": 1 - sum(found.values())}
+    return {"sampling": found.pop("sampling"), "forward and the rest": 1 - sum(found.values()), **found}
 
 
-def time_loop(module, argv: list, products: list, args) -> dict:
-    """Rounds of a script's loop and of its floor in turn, then one profiled round."""
-    loop, floors, profiler = [], [], torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+def overheads(folder: Path, threads: int) -> tuple[float, float]:
+    """Seconds of one evaluation (10 episodes) and of one log (8 scalars read from tensors and written)."""
+    actor, env = mop_distill.Actor(OBS, ACT, 256), mop_distill.LockstepEnv("walker-walk", 10, threads)
+    evaluation = median_time(lambda: mop_distill.evaluate(actor, env, torch.device("cpu")), 3)
+    writer, values = mop_distill.SummaryWriter(folder / "log"), torch.rand(8)
+    log = median_time(lambda: [writer.add_scalar(f"log/{i}", v.item(), 0) for i, v in enumerate(values)], 50)
+    writer.close()
+    return evaluation, log
+
+
+def time_loop(module, argv: list, products: list, args, tasks: int, overhead: tuple, peer=None) -> dict:
+    """Rounds of a script's loop, of its floor and of the peer in turn, then a profiled round of the eager loop."""
+    cuda, graph = args.device == "cuda", args.cuda_graph if module is not mop_td3_collect else min(args.cuda_graph, 1)
+    flags, loop, floors, peers = (["--tf32"] if args.tf32 else []), [], [], []
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    profiler, name = torch.profiler.profile(activities=activities), module.__name__
 
     def on_round(seconds):
         loop.append(seconds)
-        if len(loop) <= args.rounds:
-            floors.append(floor(products, args.device))
-        if len(loop) == args.rounds + 1:
+        floors.append(floor(products, args.device))
+        if peer:
+            peers.append(median_time(peer, args.steps, args.device))
+        if len(loop) == args.rounds + 1:  # the first is a warm-up
+            raise Enough
+
+    rounds = iter(("warm-up", "profiled"))
+
+    def on_profiled_round(seconds):
+        if next(rounds) == "warm-up":
             profiler.start()
-        elif len(loop) == args.rounds + 2:
+        else:
             profiler.stop()
             raise Enough
 
-    run_loop(module, argv, on_round, args.steps, args.device)
-    ours, least = statistics.median(loop[1 : args.rounds + 1]), statistics.median(floors)
-    rate = operations(products) / least / 1e9
-    ratio = statistics.median(a / b for a, b in zip(loop[1 : args.rounds + 1], floors[1:] + floors[:1], strict=True))
-    return {"seconds": ours, "floor": least, "ratio": ratio, "gflops_of_floor": rate, "shares": shares(profiler)}
+    timed = [*argv, *flags, "--cuda-graph", graph, "--run-dir", f"{name}-timed"]
+    run_loop(module, timed, on_round, args.steps, args.device)
+    run_loop(module, [*argv, *flags, "--run-dir", f"{name}-profiled"], on_profiled_round, args.steps, args.device)
+    ours, least = statistics.median(loop[1:]), statistics.median(floors)
+    ratio = statistics.median(a / b for a, b in zip(loop[1:], floors[:-1], strict=True))  # the floor right before
+    parts = {name: share * ours for name, share in shares(profiler, args.device).items()}
+    parts |= {"evaluation": tasks * overhead[0] / 10_000, "logging": overhead[1] / 1000}
+    total = sum(parts.values())
+    row = {"seconds": ours, "rounds": loop[1:], "floor": least, "ratio": ratio}
+    row |= {"gflops_of_floor": operations(products) / least / 1e9}
+    row |= {"peer": statistics.median(peers)} if peers else {}
+    return {**row, "shares": {name: value / total for name, value in parts.items()}}
 
 
 def made_up_dataset(path: Path, task: str, n: int) -> Path:
@@ -236,13 +284,47 @@ def made_up_dataset(path: Path, task: str, n: int) -> Path:
     return path
 
 
-def time_works(args, folder: Path) -> dict:
-    """One entry per work: seconds, and floor and ratio or goal where there is one."""
-    results, total = {}, (args.rounds + 2) * args.steps + 1000  # more than are made
-    tasks = "walker-stand", "walker-walk"
+PEAK = """
+import contextlib, runpy, sys
+with contextlib.suppress(SystemExit):
+    runpy.run_path(sys.argv[0], run_name="__main__")
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+def memory(folder: Path, task: str, transitions: int, threads: int) -> dict:
+    """Peak GiB of a PBRL teacher's process: before it reads its data (its imports) and in all."""
+    path = made_up_dataset(folder / "memory.npz", task, transitions)
+    script, peaks = ROOT / "mop_pbrl_teacher.py", []
+    argv = ["--task", task, "--data", path, "--output", folder / "m.pt", "--run-dir", folder / "memory"]
+    argv += ["--device", "cpu", "--threads", threads, "--eval-episodes", 1, "--final-eval-episodes", 1]
+    for flags in (["--help"], [*argv, "--gradient-steps", 10]):
+        code = f"import sys; sys.argv = {[str(script), *map(str, flags)]}\n{PEAK}"
+        out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+        peaks.append(round(int(out.split()[-1]) / 2**20, 2))
+    return {"gib": peaks[1], "gib_imports": peaks[0], "gib_file": round(path.stat().st_size / 2**30, 2)}
+
+
+def load_peer(args):
+    """make(work, device) of --peer, or a function that makes nothing."""
+    if not args.peer:
+        return lambda work, device: None
+    file, _, name = args.peer.partition(":")
+    spec = importlib.util.spec_from_file_location("peer", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def time_works(args, folder: Path, peer) -> dict:
+    """One entry per work: seconds, and floor, ratio, shares and the peer's seconds where there are such."""
+    results, total = {}, (args.rounds + 2) * args.steps * 1000  # more than are made
+    tasks, cpu = ("walker-stand", "walker-walk"), torch.device("cpu")
     common = ["--device", args.device, "--threads", args.threads, "--eval-episodes", 1, "--final-eval-episodes", 1]
-    loop = [*common, "--eval-every", 10**9, "--gradient-steps", total]
+    loop = [*common, "--eval-every", total, "--gradient-steps", total]
     data = [made_up_dataset(folder / f"{task}.npz", task, 100_000) for task in tasks]
+    loops = {"pbrl", "distill", "td3"} & set(args.works)
+    overhead = overheads(folder, args.threads) if loops else None
     if {"pbrl", "distill"} & set(args.works):
         tiny = [*common, "--eval-every", 10**9, "--gradient-steps", 1, "--batch-size", 8]
         teachers = [folder / f"{task}.pt" for task in tasks]
@@ -256,49 +338,38 @@ def time_works(args, folder: Path) -> dict:
             )
     for work in args.works:
         print(f"timing {work} ...", flush=True)
-        run_dir = ["--run-dir", folder / work]
+        other = peer(work, args.device)
         if work == "pbrl":
-            argv = ["--task", tasks[0], "--data", data[0], "--output", folder / "t.pt", *run_dir, *loop]
-            results[work] = time_loop(mop_pbrl_teacher, argv, pbrl_products(), args)
+            argv = ["--task", tasks[0], "--data", data[0], "--output", folder / "t.pt", *loop]
+            results[work] = time_loop(mop_pbrl_teacher, argv, pbrl_products(), args, 1, overhead, other)
         elif work == "distill":
-            argv = ["--data", *data, "--teachers", *teachers, *run_dir, *loop]
-            results[work] = time_loop(mop_distill, argv, distill_products(), args)
+            argv = ["--data", *data, "--teachers", *teachers, *loop]
+            results[work] = time_loop(mop_distill, argv, distill_products(), args, 2, overhead, other)
         elif work == "td3":
-            steps = -(-total // 1000) * 1000
-            argv = ["--task", tasks[1], "--total-timesteps", steps, "--learning-starts", 0, "--datasets", "expert"]
-            argv += ["--num-transitions", 1000, "--eval-every", steps, *run_dir, *common]
-            results[work] = time_loop(mop_td3_collect, argv, td3_products(), args)
+            argv = ["--task", tasks[1], "--total-timesteps", total, "--learning-starts", 0, "--datasets", "expert"]
+            argv += ["--num-transitions", 1000, "--eval-every", total, *common]
+            results[work] = time_loop(mop_td3_collect, argv, td3_products(), args, 1, overhead, other)
         elif work == "evaluation":
             actor, env = mop_distill.Actor(OBS, ACT, 256), mop_distill.LockstepEnv(tasks[1], 10, args.threads)
-            cpu = torch.device("cpu")
-            seconds = median_time(lambda actor=actor, env=env: mop_distill.evaluate(actor, env, cpu), args.rounds)
-            results[work] = {"seconds": seconds}
+            ours, peers = [], []
+            for _ in range(args.rounds):
+                ours.append(median_time(lambda actor=actor, env=env: mop_distill.evaluate(actor, env, cpu), 1))
+                peers += [median_time(other, 1)] if other else []
+            results[work] = {"seconds": statistics.median(ours), "rounds": ours}
+            results[work] |= {"peer": statistics.median(peers)} if peers else {}
         elif work == "collect":
             actor = mop_distill.Actor(OBS, ACT, 256)
             start = time.perf_counter()
-            options = {"num_envs": mop_td3_collect.Args.num_envs, "seed": 1, "device": torch.device("cpu")}
-            mop_td3_collect.collect(actor, tasks[1], "online", args.transitions, **options, threads=args.threads)
+            options = {"num_envs": mop_td3_collect.Args.num_envs, "seed": 1, "device": cpu, "threads": args.threads}
+            mop_td3_collect.collect(actor, tasks[1], "online", args.transitions, **options)
             results[work] = {"seconds": (time.perf_counter() - start) * 1e6 / args.transitions}
         elif work == "load":
             path = made_up_dataset(folder / "large.npz", tasks[0], args.transitions)
             seconds = median_time(lambda path=path: mop_distill.load_dataset(path, tasks[0]), 3)
             results[work] = {"seconds": seconds * 1e6 / args.transitions}
+        else:
+            results[work] = memory(folder, tasks[0], args.transitions, args.threads)
     return results
-
-
-def time_peer(args) -> dict:
-    """Seconds of the peer's functions, in this process, under the same number of threads."""
-    file, _, name = args.peer.partition(":")
-    spec = importlib.util.spec_from_file_location("peer", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = {work: getattr(module, name)(work, args.device) for work in args.works}
-    repeats = args.rounds * args.steps
-    return {
-        work: median_time(function, args.rounds if work == "evaluation" else repeats, args.device)
-        for work, function in found.items()
-        if function is not None
-    }
 
 
 def main():
@@ -306,32 +377,38 @@ def main():
     file, _, name = (args.peer or "").partition(":")
     if args.peer and not (Path(file).is_file() and name):
         raise SystemExit(f"speed.py: error: --peer {args.peer}: expected FILE.py:FUNCTION, an existing file")
-    torch.set_num_threads(args.threads or os.cpu_count())
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # TD3 writes to checkpoints/ and data/
-        results = time_works(args, Path(folder))
-    peers = time_peer(args) if args.peer else {}
+    if args.cuda_graph and args.steps % args.cuda_graph:
+        raise SystemExit(f"speed.py: error: --steps {args.steps}: not a multiple of --cuda-graph {args.cuda_graph}")
+    mop_distill.select_device(args.device, args.threads, args.tf32)
+    peer = load_peer(args)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # the scripts write to runs/ and data/
+        results = time_works(args, Path(folder), peer)
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
-    device = torch.cuda.get_device_name() if args.device == "cuda" else cpu
-    hardware = {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    hardware = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    hardware |= {"gpu": torch.cuda.get_device_name()} if args.device == "cuda" else {}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    report = {"hardware": hardware, "versions": versions, "args": vars(args), "results": results, "peer": peers}
-    report |= {"peak_memory_gib": round(peak, 2)}
+    versions |= {"mujoco": mop_distill.VERSIONS["mujoco"]}
+    settings = {**vars(args), "peer": args.peer and Path(file).name, "output": None}
+    report = {"hardware": hardware, "versions": versions, "args": settings, "results": results}
 
-    print(f"{device}, {hardware['threads']} threads, torch {torch.__version__}; seconds per step, run or 1M rows")
-    print(f"{'work':12}{'ours':>10}{'floor':>10}{'ratio':>8}{'peer':>10}   shares")
+    print(f"{hardware.get('gpu', cpu)}, {hardware['threads']} CPU threads, torch {torch.__version__}")
+    print(f"{'work':12}{'ms':>10}{'floor':>10}{'ratio':>8}{'peer':>10}{'times':>8}   shares of a run")
     for work, row in results.items():
-        columns = [f"{row['seconds']:10.4g}", f"{row['floor']:10.4g}" if "floor" in row else " " * 10]
+        if work == "memory":
+            continue
+        columns = [f"{1e3 * row['seconds']:10.5g}", f"{1e3 * row['floor']:10.4g}" if "floor" in row else " " * 10]
         columns += [f"{row['ratio']:8.2f}" if "ratio" in row else " " * 8]
-        columns += [f"{peers[work]:10.4g}" if work in peers else " " * 10]
-        text = ", ".join(f"{name} {100 * share:.0f}%" for name, share in row.get("shares", {}).items())
+        columns += [f"{1e3 * row['peer']:10.5g}{row['peer'] / row['seconds']:8.1f}" if "peer" in row else " " * 18]
+        text = ", ".join(f"{name} {100 * share:.1f}%" for name, share in row.get("shares", {}).items())
         print(f"{work:12}{''.join(columns)}   {text}")
-    print(f"peak memory of this process {peak:.2f} GiB")
+    if "memory" in results:
+        sizes = "{gib} GiB at its peak, {gib_imports} of them imports; the dataset file has {gib_file}"
+        print(f"memory of a PBRL run on {args.transitions} transitions: {sizes.format(**results['memory'])}")
     path = Path(args.output or ROOT / f"benchmark/results/{args.device}-{hardware['threads']}-threads.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     mop_distill.write_atomic(path, lambda file: file.write((json.dumps(report, indent=1) + "\n").encode()))
-    print("RESULT", json.dumps({"results": results, "peer": peers, "file": str(path)}))
+    print("RESULT", json.dumps({"results": results, "file": str(path)}))
 
 
 if __name__ == "__main__":
