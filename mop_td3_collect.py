@@ -422,7 +422,12 @@ class Critics(nn.Module):
     def network(self, x, w1, b1, w2, b2, w3, b3, scale=None, shift=None):
         """One critic, (B, in) -> (B,), or all at once, (K, B, in) -> (K, B)."""
         h = (x @ w1).add_(b1)
-        h = torch.tanh(F.layer_norm(h, h.shape[-1:]) * scale + shift) if self.layer_norm else h.relu_()
+        if not self.layer_norm:
+            h = h.relu_()
+        elif h.dim() == 2:  # one operation, which takes no scales per critic
+            h = F.layer_norm(h, h.shape[-1:], scale[0], shift[0]).tanh_()
+        else:
+            h = (F.layer_norm(h, h.shape[-1:]) * scale + shift).tanh_()
         h = (h @ w2).add_(b2).relu_()
         return (h @ w3).add_(b3).squeeze(-1)
 
