@@ -372,6 +372,18 @@ def time_works(args, folder: Path, peer) -> dict:
     return results
 
 
+def hardware(device: str) -> dict:
+    """What the figures were measured on."""
+    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
+    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), **gpu}
+
+
+def versions() -> dict:
+    return {**mop_distill.VERSIONS, "cuda": torch.version.cuda}
+
+
 def main():
     args = tyro.cli(Args, description=__doc__)
     file, _, name = (args.peer or "").partition(":")
@@ -383,16 +395,11 @@ def main():
     peer = load_peer(args)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # the scripts write to runs/ and data/
         results = time_works(args, Path(folder), peer)
-    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
-    hardware = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    hardware |= {"gpu": torch.cuda.get_device_name()} if args.device == "cuda" else {}
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    versions |= {"mujoco": mop_distill.VERSIONS["mujoco"]}
     settings = {**vars(args), "peer": args.peer and Path(file).name, "output": None}
-    report = {"hardware": hardware, "versions": versions, "args": settings, "results": results}
+    machine = hardware(args.device)
+    report = {"hardware": machine, "versions": versions(), "args": settings, "results": results}
 
-    print(f"{hardware.get('gpu', cpu)}, {hardware['threads']} CPU threads, torch {torch.__version__}")
+    print(f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} CPU threads, torch {torch.__version__}")
     print(f"{'work':12}{'ms':>10}{'floor':>10}{'ratio':>8}{'peer':>10}{'times':>8}   shares of a run")
     for work, row in results.items():
         if work == "memory":
@@ -405,7 +412,7 @@ def main():
     if "memory" in results:
         sizes = "{gib} GiB at its peak, {gib_imports} of them imports; the dataset file has {gib_file}"
         print(f"memory of a PBRL run on {args.transitions} transitions: {sizes.format(**results['memory'])}")
-    path = Path(args.output or ROOT / f"benchmark/results/{args.device}-{hardware['threads']}-threads.json")
+    path = Path(args.output or ROOT / f"benchmark/results/{args.device}-{machine['threads']}-threads.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     mop_distill.write_atomic(path, lambda file: file.write((json.dumps(report, indent=1) + "\n").encode()))
     print("RESULT", json.dumps({"results": results, "file": str(path)}))

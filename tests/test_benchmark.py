@@ -1,6 +1,5 @@
 """benchmark/speed.py: its counts of operations against torch's own counter, and a tiny run with a peer."""
 
-import importlib.util
 import json
 import sys
 
@@ -12,9 +11,9 @@ import mop_distill as distill
 import mop_pbrl_teacher as pbrl
 from conftest import ROOT
 
-spec = importlib.util.spec_from_file_location("speed", ROOT / "benchmark/speed.py")
-speed = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(speed)
+sys.path.insert(0, str(ROOT / "benchmark"))
+import scaling
+import speed
 
 
 def test_operations_of_a_distillation_step():
@@ -67,3 +66,24 @@ def test_a_peer_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["speed.py", "--works", "load", "--transitions", "10", "--peer", "none.py:make"])
     with pytest.raises(SystemExit, match=r"none\.py:make: expected FILE\.py:FUNCTION"):
         speed.main()
+
+
+def test_a_tiny_scaling(tmp_path, monkeypatch, capsys):
+    options = ["--axes", "tasks", "width", "--points", "2", "--rounds", "1", "--steps", "1", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *options, "--output", f"{tmp_path}/scaling.json"])
+    scaling.main()
+    assert capsys.readouterr().out.splitlines()[-1].startswith("RESULT ")
+    report = json.loads((tmp_path / "scaling.json").read_text())
+    found = [(point["axis"], point["work"], point["value"]) for point in report["points"]]
+    by_width = [("width", work, value) for work in ("pbrl", "td3", "distill") for value in (64, 128)]
+    assert found == [("tasks", "distill", 2), ("tasks", "distill", 3), *by_width]
+    assert all(0 < point["floor_ms"] < point["ms"] for point in report["points"])
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_exponents_and_plot_of_a_known_law(tmp_path, monkeypatch, capsys):
+    """Time proportional to K^2: exponent 2."""
+    monkeypatch.setattr(scaling, "measure", lambda axis, value, *rest: {"ms": 3.0 * value**2})
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--axes", "critics", "--output", f"{tmp_path}/scaling.json"])
+    scaling.main()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1][7:])["exponents"] == {"pbrl by critics": 2.0}
