@@ -109,3 +109,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     command = [sys.executable, "-c", code.format(root=str(ROOT))]
     faults = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert faults < 20_000, faults  # against 200 * 2048
+
+
+def test_bytes_and_operations_by_hand():
+    """Twice a product (2, 3) @ (3, 4): 6 + 12 + 8 numbers of 4 bytes, 24 multiplications and as many additions."""
+    products = [(2, [(2, 3, 4)])]
+    assert speed.operand_bytes(products) == 2 * 4 * (6 + 12 + 8) and speed.operations(products) == 2 * 48
