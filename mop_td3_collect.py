@@ -420,8 +420,8 @@ class Critics(nn.Module):
             self.scale, self.shift = nn.Parameter(torch.ones(k, 1, hidden)), nn.Parameter(torch.zeros(k, 1, hidden))
 
     def network(self, x, w1, b1, w2, b2, w3, b3, scale=None, shift=None):
-        """One critic, (B, in) -> (B,), or all at once, (K, B, in) -> (K, B)."""
-        h = (x @ w1).add_(b1)
+        """One critic, (B, in + 1) -> (B,), or all at once, (K, B, in + 1) -> (K, B); the last input is 1."""
+        h = x @ torch.cat([w1, b1], dim=-2)  # the bias as one more row of the weights: no pass of its own
         if not self.layer_norm:
             h = h.relu_()
         elif h.dim() == 2:  # one operation, which takes no scales per critic
@@ -432,7 +432,7 @@ class Critics(nn.Module):
         return (h @ w3).add_(b3).squeeze(-1)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        x, parameters = torch.cat([obs, action], dim=-1), list(self.parameters())
+        x, parameters = torch.cat([obs, action, obs.new_ones(len(obs), 1)], dim=-1), list(self.parameters())
         if x.is_cuda:  # one batched product per layer; on a CPU a loop over the critics is faster
             return self.network(x.expand(len(self.w1), *x.shape), *parameters)
         return torch.stack([self.network(x, *weights) for weights in zip(*parameters, strict=True)])

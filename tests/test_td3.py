@@ -50,7 +50,7 @@ def test_batched_critics_equal_the_loop_over_critics():
     for layer_norm in (False, True):
         critics = td3.Critics(3, 5, 2, 16, layer_norm)
         obs, action = torch.randn(9, 5), torch.randn(9, 2)
-        x = torch.cat([obs, action], dim=1).expand(3, 9, 7)
+        x = torch.cat([obs, action, torch.ones(9, 1)], dim=1).expand(3, 9, 8)
         torch.testing.assert_close(
             critics(obs, action), critics.network(x, *critics.parameters()), atol=1e-6, rtol=1e-5
         )
