@@ -159,6 +159,19 @@ def test_replayed_updates_give_the_weights_of_the_eager_loop(name, run_main, fil
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["pbrl", "distill"])
+def test_a_resumed_run_replays_on(name, run_main, files, monkeypatch):
+    """beta_ood's step and the generator go on where the resume point left them."""
+    module = CASES[name][0]
+    expected = run_case(run_main, name, "--run-dir", "whole")
+    recorded_instead(monkeypatch, module)
+    before = Recorder.recorded
+    run_case(run_main, name, "--run-dir", "half", "--cuda-graph", 2, "--gradient-steps", 10)
+    result = run_main(module, "--resume", "half", "--gradient-steps", 20)
+    assert Recorder.recorded == before + 2
+    torch.testing.assert_close([weights(result["files"][0])], expected, rtol=0, atol=0)
+
+
 def test_the_recorder_finds_a_frozen_number(monkeypatch):
     """A number from Python stays what it was while recording: the check above would see it."""
     recorded_instead(monkeypatch, pbrl)
