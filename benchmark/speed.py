@@ -69,7 +69,7 @@ class Args:
     peer: str | None = None
     """FILE.py:FUNCTION that makes another implementation's functions"""
     output: str | None = None
-    """JSON to write; default: benchmark/results/<device>-<threads>-threads.json"""
+    """JSON to write; default: benchmark/results/<device>-<threads>-threads[-<works, if not all>].json"""
 
 
 # -------------------------------------------------------------------------------------------------------------- floors
@@ -412,7 +412,8 @@ def main():
     if "memory" in results:
         sizes = "{gib} GiB at its peak, {gib_imports} of them imports; the dataset file has {gib_file}"
         print(f"memory of a PBRL run on {args.transitions} transitions: {sizes.format(**results['memory'])}")
-    path = Path(args.output or ROOT / f"benchmark/results/{args.device}-{machine['threads']}-threads.json")
+    name = f"{args.device}-{machine['threads']}-threads" + "".join(f"-{w}" for w in args.works if args.works != Args.works)
+    path = Path(args.output or ROOT / f"benchmark/results/{name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     mop_distill.write_atomic(path, lambda file: file.write((json.dumps(report, indent=1) + "\n").encode()))
     print("RESULT", json.dumps({"results": results, "file": str(path)}))
