@@ -412,7 +412,7 @@ def main():
     if "memory" in results:
         sizes = "{gib} GiB at its peak, {gib_imports} of them imports; the dataset file has {gib_file}"
         print(f"memory of a PBRL run on {args.transitions} transitions: {sizes.format(**results['memory'])}")
-    name = f"{args.device}-{machine['threads']}-threads" + "".join(f"-{w}" for w in args.works if args.works != Args.works)
+    name = "-".join([f"{args.device}-{machine['threads']}-threads", *(args.works if args.works != Args.works else ())])
     path = Path(args.output or ROOT / f"benchmark/results/{name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     mop_distill.write_atomic(path, lambda file: file.write((json.dumps(report, indent=1) + "\n").encode()))
