@@ -216,7 +216,8 @@ def shares(profile, device: str) -> dict:
         elif row.key in parts:
             seconds[parts[row.key]] += spent
     found = {name: value / total for name, value in seconds.items()}
-    return {"sampling": found.pop("sampling"), "forward and the rest": 1 - sum(found.values()), **found}
+    rest = 1 - sum(found.values())
+    return {"sampling": found.pop("sampling"), "forward and the rest": rest, **found}
 
 
 def overheads(folder: Path, threads: int) -> tuple[float, float]:

@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +111,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     command = [sys.executable, "-c", code.format(root=str(ROOT))]
     faults = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert faults < 20_000, faults  # against 200 * 2048
+
+
+def test_shares_of_a_known_profile():
+    """100 units: 10 sampling, 20 forward, 60 backward (of which 50 in its products), 8 optimiser, 2 targets."""
+    times = {"aten::randint": (10, 10), "aten::mm": (70, 70), "autograd::engine::evaluate_function: Mm": (10, 60)}
+    times |= {"Optimizer.step#Adam.step": (8, 8), "aten::_foreach_lerp_": (2, 2)}  # own time, with what it calls
+    rows = [SimpleNamespace(key=k, self_cpu_time_total=a, cpu_time_total=b) for k, (a, b) in times.items()]
+    found = speed.shares(SimpleNamespace(key_averages=lambda: rows), "cpu")
+    expected = {"sampling": 0.1, "forward and the rest": 0.2, "backward": 0.6, "optimiser": 0.08, "targets": 0.02}
+    assert found == pytest.approx(expected)
 
 
 def test_bytes_and_operations_by_hand():
