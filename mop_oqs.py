@@ -14,15 +14,15 @@ relabelled rewards beside each dataset.
 """
 
 import ctypes
-import dataclasses
-import hashlib
 import json
+import math
 import os
 import sys
 import time
-import warnings
-from contextlib import suppress
-from dataclasses import dataclass
+import zipfile
+import zlib
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -33,21 +33,31 @@ import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from dm_control import suite
-from dm_control.utils import rewards
-from matplotlib.figure import Figure
-from mujoco.batch import Batch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCHEMA_VERSION = 1  # of datasets and checkpoints
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; training and collection stay below
-WALKER_SPEED = {"walker-stand": 0.0, "walker-walk": 1.0, "walker-run": 8.0}  # m/s, as in dm_control.suite.walker
 VERSIONS = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
 VERSIONS |= {"numpy": np.__version__, "mujoco": mujoco.__version__}
-RESUMABLE = {"device", "threads", "tf32", "cuda_graph", "gradient_steps", "eval_episodes", "final_eval_episodes"}
+DATASET = {"observations": (np.float32, 2), "actions": (np.float32, 2), "rewards": (np.float32, 1)}  # type, dimensions
+DATASET |= {"next_observations": (np.float32, 2), "terminals": (bool, 1), "timeouts": (bool, 1)}
+DATASET |= {"physics": (np.float64, 2)}
+MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "exploration_noise", "ood_noise", "beta_in"}
+MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
+LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024}  # of flags
+LAPTOP = {"gradient_steps": 50_000, "learning_rate": 1e-3}  # --scale laptop: of the student, and
+LAPTOP |= {
+    "teacher_steps": 60_000,
+    "teacher_batch_size": 256,
+    "num_ood": 1,
+    "teacher_learning_rate": 3e-4,
+    "tau": 0.02,
+    "actor_tau": 0.02,
+    "beta_ood_decay": 0.9999,
+}  # of mop_pbrl_teacher.py
 
 
 @dataclass
@@ -56,7 +66,11 @@ class Args:
     tasks: tuple[str, ...] = ("walker-stand", "walker-walk")
     """tasks of the dm_control suite, DOMAIN-TASK; the position is the task id"""
     seed: int = 1
-    """seed of the weights, the noise, the batches and the initial states"""
+    """seed of the weights, the noise and the batches"""
+    common_seed: bool = False
+    """every task's teacher from the same weights, batches and noise; else from those of the seed and its task"""
+    scale: Literal["thesis", "laptop"] = "thesis"
+    """defaults of the flags: the thesis's, or settings for one CPU core (LAPTOP in the script)"""
     run_dir: str | None = None
     """folder for the logs, curves and the resume point; default: runs/<script and settings>-<time>"""
     resume: str | None = None
@@ -131,324 +145,38 @@ class Args:
     """auto: cuda where there is one"""
     threads: int = 0
     """CPU threads of torch and of the physics; 0: all cores"""
-    tf32: bool = False
-    """on CUDA: matrix products with 10-bit mantissas (see docs/speed.md)"""
-    cuda_graph: int = 0
-    """on CUDA: updates that are replayed at once as one CUDA graph; 0: none, PyTorch runs every operation"""
-
-
-# ---------------------------------------------------------------------------------------------------------- utilities
-def fail(message: str):
-    """One clear line on standard error, exit code 1, no traceback."""
-    raise SystemExit(f"{Path(sys.argv[0]).name}: error: {message}")
-
-
-def check_numbers(args, *names: str) -> None:
-    """Fail unless every named argument is above 0, every other number is 0 or more, and gamma and tau are at most 1."""
-    for name, value in vars(args).items():
-        flag = f"--{name.replace('_', '-')}"
-        if name in names and not value > 0:
-            fail(f"{flag}: expected a positive number, found {value}")
-        if isinstance(value, int | float) and not value >= 0:
-            fail(f"{flag}: expected 0 or more, found {value}")
-        if name in ("gamma", "tau", "actor_tau") and value > 1:
-            fail(f"{flag}: expected at most 1, found {value}")
-
-
-def write_atomic(path, write) -> None:
-    """Call write(temporary file object beside path), then rename: a reader sees the old file or the whole new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    except OSError as error:
-        fail(f"{path}: cannot be written ({error.strerror or error}); choose a folder you may write to")
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def parse_args(cls):
-    """Command line -> (arguments, resume point or None). With --resume the run's stored arguments are the defaults."""
-    args = tyro.cli(cls, description=sys.modules[cls.__module__].__doc__)
-    if args.resume is None:
-        return args, None
-    path = Path(args.resume) / "resume.pt"
-    if not path.is_file():
-        fail(f"--resume {args.resume}: expected a run folder with resume.pt in it, found none")
-    try:
-        point = torch.load(path, map_location="cpu", weights_only=True)
-        stored = cls(**point["args"])
-    except Exception as error:
-        fail(f"{path}: not a resume point of this script ({type(error).__name__}); start the run anew")
-    stored = dataclasses.replace(stored, resume=args.resume, run_dir=args.resume)
-    args = tyro.cli(cls, default=stored)
-    for name, old in vars(stored).items():
-        if getattr(args, name) != old and name not in RESUMABLE:
-            fail(f"--{name.replace('_', '-')}: the run was started with {old}, --resume cannot change that")
-    return args, point
-
-
-def select_device(device: str, threads: int, tf32: bool = False) -> torch.device:
-    """Set torch's CPU threads (0: all cores) and return the device; fail where cuda is asked for and there is none."""
-    torch.set_num_threads(threads or os.cpu_count())
-    if device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: no CUDA device was found; use --device cpu")
-    device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    torch.set_float32_matmul_precision("high" if tf32 and device.type == "cuda" else "highest")
-    with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
-        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
-        mallopt(trim_threshold, 2**30)
-        mallopt(mmap_threshold, 2**26)
-    return device
-
-
-def check_cuda_graph(n: int, frequency: int, *intervals: int) -> None:
-    """Fail unless n updates per CUDA graph fit a whole number of times between logs, evaluations and to the end."""
-    if n and (n % frequency or any(interval % n for interval in (1000, *intervals))):
-        expected = f"a multiple of {frequency} that divides 1000 and {', '.join(map(str, intervals))}"
-        fail(f"--cuda-graph: expected {expected} (the intervals of the loop), found {n}")
-
-
-def in_cuda_graph(update, n: int, generator: torch.Generator):
-    """call(step), which makes the updates update(step) to update(step + n - 1) and returns the last one's tensors.
-
-    On CUDA the n updates run eagerly three times, are then recorded as one CUDA graph, and from there on replayed: the
-    same kernels on the same memory without Python between them, so what they return is overwritten by the next call,
-    and step may matter modulo n only. On a CPU they run eagerly. n = 0: update itself.
-    """
-
-    def eager(step):
-        for i in range(n):
-            result = update(step + i)
-        return result
-
-    if n == 0 or generator.device.type != "cuda":
-        return eager if n else update
-    graph, stream, calls, result = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, None
-    graph.register_generator_state(generator)
-
-    def call(step):
-        nonlocal calls, result
-        calls += 1
-        if calls <= 3:  # lazily made states and workspaces come to be outside the graph
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                result = eager(step)
-            torch.cuda.current_stream().wait_stream(stream)
-            return result
-        if calls == 4:
-            with torch.cuda.graph(graph, stream=stream):
-                result = eager(step)  # recorded, not run
-        graph.replay()
-        return result
-
-    return call
-
-
-def make_folder(folder: Path) -> None:
-    """Create the folder; fail where that, or writing in it, is not possible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"{folder}: cannot be created ({error.strerror}); choose another folder")
-    if not os.access(folder, os.W_OK):
-        fail(f"{folder}: cannot be written; choose another folder")
-
-
-def prepare_outputs(args, name: str, outputs: list[Path]) -> Path:
-    """Create the run's folder and those of the outputs; fail where something would be overwritten or not be written."""
-    run_dir = Path(args.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if args.resume is None:
-        if run_dir.is_dir() and any(run_dir.iterdir()):
-            fail(f"--run-dir {run_dir}: not empty; continue it with --resume {run_dir} or choose another folder")
-        for path in outputs:
-            if path.exists() and not args.overwrite:
-                fail(f"{path}: exists already; pass --overwrite to replace it")
-    for folder in [run_dir, *(path.parent for path in outputs)]:
-        make_folder(folder)
-    return run_dir
-
-
-def summarize(returns: list[float]) -> dict:
-    """Mean and std over episodes, for the RESULT line."""
-    mean, std = float(np.mean(returns)), float(np.std(returns))
-    return {"mean": round(mean, 1), "std": round(std, 1), "episodes": len(returns)}
-
-
-def write_returns(run_dir: Path, rows: list, references: dict | None = None) -> None:
-    """returns.csv (step, task, episode, return) and learning_curve.png of rows (step, task, episode returns)."""
-    lines = [("step", "task", "episode", "return")]
-    lines += [(step, task, e, f"{value:.4f}") for step, task, values in rows for e, value in enumerate(values)]
-    text = "\n".join(",".join(map(str, line)) for line in lines) + "\n"
-    write_atomic(run_dir / "returns.csv", lambda file: file.write(text.encode()))
-    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
-    for i, task in enumerate(dict.fromkeys(task for _, task, _ in rows)):
-        steps = [step for step, name, _ in rows if name == task]
-        values = [np.asarray(v) for _, name, v in rows if name == task]
-        mean, std = np.array([v.mean() for v in values]), np.array([v.std() for v in values])
-        axes.plot(steps, mean, f"C{i}", marker="." if len(steps) < 20 else "", label=task)
-        axes.fill_between(steps, mean - std, mean + std, color=f"C{i}", alpha=0.2, lw=0)
-        for name, value in (references or {}).get(task, {}).items():
-            axes.axhline(value, color=f"C{i}", ls="--", label=f"{task} {name}")
-    axes.set(xlabel="step", ylabel="episode return (mean, std over episodes)", xlim=(0, None), ylim=(0, None))
-    axes.legend()
-    axes.grid(alpha=0.3)
-    write_atomic(run_dir / "learning_curve.png", lambda file: figure.savefig(file, format="png", dpi=120))
-
-
-# -------------------------------------------------------------------------------------------------------- environment
-class LockstepEnv:
-    """n environments of one suite task, stepped together.
-
-    The walker runs in mujoco.batch on a thread pool, equal to dm_control bit for bit (tests/test_env.py); every other
-    task in n dm_control environments one after the other. Episodes end by the time limit only, after
-    `episode_length` steps: a timeout, never a termination.
-    """
-
-    def __init__(self, task: str, n: int, threads: int = 0):
-        domain, _, name = task.partition("-")
-        if (domain, name) not in suite.ALL_TASKS:
-            known = sorted(t for d, t in suite.ALL_TASKS if d == domain)
-            hint = f"the tasks of {domain} are {', '.join(known)}" if known else "for example walker-walk, cheetah-run"
-            fail(f"task {task}: expected DOMAIN-TASK of the dm_control suite; {hint}")
-        self.task, self.n = task, n
-        load = partial(suite.load, domain, name, environment_kwargs={"flat_observation": True})
-        self.envs = [load()]
-        action = self.envs[0].action_spec()
-        if not (np.all(action.minimum == -1) and np.all(action.maximum == 1) and np.isfinite(self.envs[0]._step_limit)):
-            fail(f"task {task}: expected actions in [-1, 1] and a time limit, found other bounds or no limit")
-        self.episode_length = int(self.envs[0]._step_limit)
-        self.obs_dim = self.envs[0].observation_spec()["observations"].shape[0]
-        self.action_dim = action.shape[0]
-        self.state_dim = self.envs[0].physics.get_state().shape[0]
-        if task in WALKER_SPEED:
-            self.substeps = self.envs[0]._n_sub_steps
-            self.batch = Batch(self.envs[0].physics.model.ptr, n, nthread=threads, persistent=True)
-            self.arrays = {k: self.batch.bind(k) for k in ("qpos", "qvel", "ctrl", "xmat", "xpos", "sensordata")}
-        else:
-            self.batch = None
-            self.envs += [load() for _ in range(n - 1)]
-
-    def reset(self, seeds) -> np.ndarray:
-        """Start n episodes, the i-th from dm_control's initial state for seeds[i]. Returns observations (n, obs)."""
-        observations = np.empty((self.n, self.obs_dim), np.float32)
-        for i, seed in enumerate(seeds):
-            env = self.envs[0 if self.batch else i]
-            env.task.random.seed(int(seed))
-            observations[i] = env.reset().observation["observations"]
-            if self.batch:
-                data = env.physics.data
-                self.arrays["qpos"][i], self.arrays["qvel"][i] = data.qpos, data.qvel
-                self.batch.qacc_warmstart[i] = data.qacc_warmstart
-        if self.batch:
-            self.batch.forward()
-        return observations
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """actions (n, act) in [-1, 1] -> observations (n, obs) f32, rewards (n,) f32."""
-        if not self.batch:
-            steps = [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
-            observations = np.stack([s.observation["observations"] for s in steps])
-            return observations.astype(np.float32), np.array([s.reward for s in steps], np.float32)
-        self.arrays["ctrl"][:] = actions
-        self.batch.step(nstep=self.substeps, stage=mujoco.mjtStage.mjSTAGE_VEL)  # ends like dm_control, with mj_step1
-        return self.walker_observations(), self.walker_rewards()
-
-    def walker_observations(self) -> np.ndarray:
-        """OrientationsHeightVelocities of dm_control.suite.walker, on arrays: (n, 24) f32."""
-        orientations = self.arrays["xmat"].reshape(self.n, -1, 9)[:, 1:, [0, 2]]  # xx, xz; body 0 is the world
-        height = self.arrays["xpos"].reshape(self.n, -1, 3)[:, 1, 2:]  # body 1 is the torso
-        parts = orientations.reshape(self.n, -1), height, self.arrays["qvel"]
-        return np.concatenate(parts, axis=1).astype(np.float32)
-
-    def walker_rewards(self) -> np.ndarray:
-        """PlanarWalker.get_reward of dm_control.suite.walker, on arrays: (n,) f32."""
-        height = self.arrays["xpos"].reshape(self.n, -1, 3)[:, 1, 2]
-        upright = (1 + self.arrays["xmat"].reshape(self.n, -1, 9)[:, 1, 8]) / 2
-        reward = (3 * rewards.tolerance(height, bounds=(1.2, np.inf), margin=0.6) + upright) / 4
-        if speed := WALKER_SPEED[self.task]:
-            velocity = self.arrays["sensordata"].reshape(self.n, -1)[:, 0]
-            bounds = {"bounds": (speed, np.inf), "margin": speed / 2}
-            move = rewards.tolerance(velocity, **bounds, value_at_margin=0.5, sigmoid="linear")
-            reward = reward * (5 * move + 1) / 6
-        return reward.astype(np.float32)
-
-    def physics_state(self) -> np.ndarray:
-        """physics.get_state() of every environment, (n, state) f64."""
-        if self.batch:
-            return np.concatenate([self.arrays["qpos"], self.arrays["qvel"]], axis=1)
-        return np.stack([env.physics.get_state() for env in self.envs])
-
-
-@torch.no_grad()
-def evaluate(policy, env: LockstepEnv, device: torch.device) -> list[float]:
-    """Episode returns of env.n whole episodes from the fixed initial states; policy: (n, obs) -> (n, act) tensors."""
-    observations, returns = env.reset(EVAL_SEED + np.arange(env.n)), np.zeros(env.n)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # torch's other threads would wait busily on the physics' cores
-    for _ in range(env.episode_length):
-        actions = policy(torch.from_numpy(observations).to(device)).cpu().numpy()
-        observations, reward = env.step(actions)
-        returns += reward
-    torch.set_num_threads(threads)
-    return returns.tolist()
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """of torch.set_float32_matmul_precision: float32, or operands of fewer bits where that is faster (docs/speed.md)"""
+    cuda_graph: bool = False
+    """on CUDA: replay an update as one CUDA graph instead of operation by operation"""
 
 
 # ----------------------------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
-    """Policy, (B, in_dim) -> actions (B, action_dim) in [-1, 1]; layer_norm: the first layer is Linear-LayerNorm-Tanh.
+    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions; of a Gaussian, mean and unscaled log std (gaussian)."""
 
-    log_std: the two bounds of a Gaussian policy's log std; such a policy's mean is its deterministic action.
-    """
-
-    def __init__(self, in_dim: int, action_dim: int, hidden: int, layer_norm: bool = False, log_std=None):
+    def __init__(self, in_dim: int, out_dim: int, hidden: int):
         super().__init__()
-        self.log_std = log_std
-        self.net = nn.Sequential(
-            nn.Linear(in_dim, hidden),
-            *([nn.LayerNorm(hidden), nn.Tanh()] if layer_norm else [nn.ReLU(inplace=True)]),
-            nn.Linear(hidden, hidden),
-            nn.ReLU(inplace=True),
-            nn.Linear(hidden, 2 * action_dim if log_std else action_dim),
-            nn.Tanh(),
-        )
+        layers = [nn.Linear(in_dim, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, hidden), nn.ReLU(inplace=True)]
+        self.net = nn.Sequential(*layers, nn.Linear(hidden, out_dim), nn.Tanh())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net(x).chunk(2, dim=-1)[0] if self.log_std else self.net(x)
-
-    def gaussian(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log std of the diagonal Gaussian, (B, action_dim) each."""
-        mean, unit = self.net(x).chunk(2, dim=-1)
-        low, high = self.log_std
-        return mean, low + (high - low) * (unit + 1) / 2
+        return self.net(x)
 
 
 class Critics(nn.Module):
     """K independent Q-networks with stacked weights, (B, obs_dim), (B, action_dim) -> (K, B)."""
 
-    def __init__(self, k: int, obs_dim: int, action_dim: int, hidden: int, layer_norm: bool = False):
+    def __init__(self, k: int, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        self.layer_norm = layer_norm
-        sizes = [obs_dim + action_dim, hidden, hidden, 1]
-        for j, (n_in, n_out) in enumerate(pairwise(sizes), start=1):
+        for j, (n_in, n_out) in enumerate(pairwise([obs_dim + action_dim, hidden, hidden, 1]), start=1):
             layers = [nn.Linear(n_in, n_out) for _ in range(k)]  # for torch's default initialisation
             self.register_parameter(f"w{j}", nn.Parameter(torch.stack([x.weight.detach().T for x in layers])))
             self.register_parameter(f"b{j}", nn.Parameter(torch.stack([x.bias.detach()[None] for x in layers])))
-        if layer_norm:
-            self.scale, self.shift = nn.Parameter(torch.ones(k, 1, hidden)), nn.Parameter(torch.zeros(k, 1, hidden))
 
-    def network(self, x, w1, b1, w2, b2, w3, b3, scale=None, shift=None):
+    def network(self, x, w1, b1, w2, b2, w3, b3):
         """One critic, (B, in + 1) -> (B,), or all at once, (K, B, in + 1) -> (K, B); the last input is 1."""
-        h = x @ torch.cat([w1, b1], dim=-2)  # the bias as one more row of the weights: no pass of its own
-        if not self.layer_norm:
-            h = h.relu_()
-        elif h.dim() == 2:  # one operation, which takes no scales per critic
-            h = F.layer_norm(h, h.shape[-1:], scale[0], shift[0]).tanh_()
-        else:
-            h = (F.layer_norm(h, h.shape[-1:]) * scale + shift).tanh_()
+        h = (x @ torch.cat([w1, b1], dim=-2)).relu_()  # the bias as one more row of the weights: no pass of its own
         h = (h @ w2).add_(b2).relu_()
         return (h @ w3).add_(b3).squeeze(-1)
 
@@ -459,153 +187,17 @@ class Critics(nn.Module):
         return torch.stack([self.network(x, *weights) for weights in zip(*parameters, strict=True)])
 
 
-# -------------------------------------------------------------------------------------------------------------- files
-def find_file(folder: str, name: str, hint: str) -> Path:
-    """folder/name, else the bundled pretrained/name beside this script (and say so); fail with the hint otherwise."""
-    if (path := Path(folder) / name).is_file():
-        return path
-    if (bundled := Path(__file__).parent / "pretrained" / name).is_file():
-        print(f"{path} is not there: using the bundled pretrained/{name}")
-        return bundled
-    fail(f"{path}: not found, nor in pretrained/; make it with: {hint}")
-
-
-def load_dataset(path, task: str | None = None) -> tuple[dict, dict]:
-    """Read and check a dataset .npz (docs/formats.md) of the task, if given -> (arrays, metadata)."""
-    if not Path(path).is_file():
-        fail(f"{path}: no such dataset; collect one with: python mop_td3_collect.py --task {task or 'TASK'}")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            data = {name: file[name] for name in file.files}
-    except Exception as error:
-        fail(f"{path}: not a readable .npz dataset without pickled objects ({type(error).__name__}); collect it anew")
-    kinds = {"observations": ("f", 2), "actions": ("f", 2), "rewards": ("f", 1), "next_observations": ("f", 2)}
-    kinds |= {"terminals": ("b", 1), "timeouts": ("b", 1), "physics": ("f", 2)}
-    if missing := [name for name in [*kinds, "metadata"] if name not in data]:
-        fail(f"{path}: missing {', '.join(missing)}; expected {', '.join(kinds)} and metadata")
-    try:
-        metadata = json.loads(str(data.pop("metadata")))
-        found = metadata["schema_version"], metadata["task"], float(np.mean(metadata["episode_returns"]))
-    except (ValueError, KeyError, TypeError):
-        fail(f"{path}: metadata: expected JSON text with schema_version, task and episode_returns (docs/formats.md)")
-    if found[0] != SCHEMA_VERSION:
-        fail(f"{path}: expected schema version {SCHEMA_VERSION}, found {found[0]}")
-    if task is not None and found[1] != task:
-        fail(f"{path}: expected data of {task}, found {found[1]}")
-    n = len(data["observations"]) if data["observations"].ndim else 0
-    for name, (kind, ndim) in kinds.items():
-        array = data[name]
-        if array.dtype.kind != kind or array.ndim != ndim:
-            wanted = f"{'float' if kind == 'f' else 'bool'} array with {ndim} dimension(s)"
-            fail(f"{path}: {name}: expected a {wanted}, found {array.dtype} with shape {array.shape}")
-        if len(array) != n or n == 0:
-            fail(f"{path}: {name}: expected {n} rows as in observations (and more than 0), found {len(array)}")
-        if kind == "f" and not np.isfinite(array).all():
-            row = int(np.argmin(np.isfinite(array.reshape(n, -1)).all(axis=1)))
-            fail(f"{path}: {name}: NaN or infinite value, first in row {row}")
-    if data["next_observations"].shape != data["observations"].shape:
-        fail(f"{path}: next_observations: expected shape {data['observations'].shape} as observations")
-    if np.abs(data["actions"]).max() > 1:
-        fail(f"{path}: actions: expected values in [-1, 1], found {np.abs(data['actions']).max():.4g} in size")
-    return data, metadata
-
-
-def load_checkpoint(path, kinds: tuple[str, ...], task: str | None = None) -> dict:
-    """Read a checkpoint of one of the kinds (and of the task, if given). Never executes pickled code. Fails clearly."""
-    if not Path(path).is_file():
-        fail(f"{path}: no such checkpoint")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of torch on odd pickles; the line below says it
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        fail(f"{path}: not a readable checkpoint, or one with pickled objects (refused); {type(error).__name__}")
-    if not isinstance(checkpoint, dict) or "schema_version" not in checkpoint:
-        fail(f"{path}: not a checkpoint of these scripts (no schema_version)")
-    if checkpoint["schema_version"] != SCHEMA_VERSION:
-        fail(f"{path}: expected schema version {SCHEMA_VERSION}, found {checkpoint['schema_version']}")
-    missing = {"kind", "tasks", "args", "step", "sizes", "actor", "returns"} - checkpoint.keys()
-    if missing:
-        fail(f"{path}: incomplete checkpoint, without {', '.join(sorted(missing))}")
-    if checkpoint["kind"] not in kinds:
-        fail(f"{path}: expected a checkpoint of kind {' or '.join(kinds)}, found {checkpoint['kind']}")
-    if task is not None and checkpoint["tasks"] != [task]:
-        fail(f"{path}: expected a checkpoint for {task}, found {', '.join(checkpoint['tasks'])}")
-    if set(checkpoint["tasks"]) - set(checkpoint["returns"]):
-        fail(f"{path}: incomplete checkpoint, without the returns of {', '.join(checkpoint['tasks'])}")
-    return checkpoint
-
-
-def load_actor(checkpoint: dict, path) -> Actor:
-    """The frozen policy of a checkpoint."""
-    sizes = checkpoint["sizes"]
-    try:
-        options = {"layer_norm": sizes["layer_norm"], "log_std": sizes.get("log_std")}
-        actor = Actor(sizes["in_dim"], sizes["action_dim"], sizes["hidden"], **options)
-        actor.load_state_dict(checkpoint["actor"])
-    except (KeyError, RuntimeError, TypeError) as error:
-        fail(f"{path}: weights and sizes do not fit together ({str(error).splitlines()[0]})")
-    return actor.requires_grad_(False)
-
-
-def load_critics(checkpoint: dict, path) -> Critics:
-    """The frozen critics of a teacher's checkpoint."""
-    sizes = checkpoint["sizes"]
-    try:
-        critics = Critics(sizes["num_critics"], sizes["obs_dim"], sizes["action_dim"], sizes["hidden"])
-        critics.load_state_dict(checkpoint["critics"])
-    except (KeyError, RuntimeError, TypeError) as error:
-        fail(f"{path}: critics and sizes do not fit together ({str(error).splitlines()[0]})")
-    return critics.requires_grad_(False)
-
-
 # ---------------------------------------------------------------------------------------------------------- algorithm
-def compute_rewards(task: str, physics: np.ndarray, actions: np.ndarray, threads: int) -> np.ndarray:
-    """R_task(s, a, s') from the physics states of s', (N, state) f64, and the actions, (N, act) -> (N,) f32.
-
-    The walker in mujoco.batch, other tasks through dm_control's own task.get_reward, one state after the other.
-    """
-    n = len(physics)
-    env = LockstepEnv(task, min(n, 1000) if task in WALKER_SPEED else 1, threads)
-    if physics.shape[1] != env.state_dim:
-        fail(f"task {task}: expected physics states of {env.state_dim} values, found {physics.shape[1]}")
-    result = np.empty(n, np.float32)
-    if env.batch:
-        nq = env.arrays["qpos"].shape[1]
-        for start in range(0, n, env.n):
-            part = physics[start : start + env.n]
-            env.arrays["qpos"][: len(part)], env.arrays["qvel"][: len(part)] = part[:, :nq], part[:, nq:]
-            env.batch.forward(stage=mujoco.mjtStage.mjSTAGE_VEL)
-            result[start : start + env.n] = env.walker_rewards()[: len(part)]
-        return result
-    simulation, get_reward = env.envs[0].physics, env.envs[0].task.get_reward
-    for row in range(n):
-        with simulation.reset_context():
-            simulation.set_state(physics[row])
-            simulation.set_control(actions[row])
-        result[row] = get_reward(simulation)
-    return result
-
-
-def relabel(path, data: dict, task: str, threads: int) -> np.ndarray:
-    """The dataset's rewards under another task, r_{j->i} = R_i(s, a, s') (thesis 6.4.2), (N,) f32.
-
-    Computed once: kept beside the dataset in <dataset>.<task>-<key>.npy; the key is a hash of its states and actions.
-    """
-    key = hashlib.sha256(VERSIONS["mujoco"].encode())
-    for name in ("physics", "actions"):
-        key.update(np.ascontiguousarray(data[name]))
-    cache = Path(path).with_name(f"{Path(path).stem}.{task}-{key.hexdigest()[:16]}.npy")
-    with suppress(OSError, ValueError, EOFError):  # none there, or a broken one, which is made anew
-        result = np.load(cache, allow_pickle=False)
-        if result.shape == data["rewards"].shape and result.dtype == np.float32 and np.isfinite(result).all():
-            return result
-    clock = time.time()
-    result = compute_rewards(task, data["physics"], data["actions"], threads)
-    kept = f"kept in {cache}" if os.access(cache.parent, os.W_OK) else "not kept, the folder cannot be written"
-    print(f"{path}: {len(result)} rewards of {task} in {time.time() - clock:.1f} s, {kept}")
-    if os.access(cache.parent, os.W_OK):
-        write_atomic(cache, lambda file: np.save(file, result))
-    return result
+def compute_rewards(task: str, physics: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """r_{j->i} = R_i(s, a, s') from the physics states of s', (N, state), and the actions, (N, act) -> (N,) f32."""
+    env = make_envs(task, 1)[0]
+    simulation, rewards = env.physics, np.empty(len(physics), np.float32)
+    for row in tqdm(range(len(physics)), desc=f"rewards of {task}", unit="state", disable=None):
+        simulation.set_state(physics[row])
+        simulation.set_control(actions[row])
+        simulation.forward()
+        rewards[row] = env.task.get_reward(simulation)
+    return rewards
 
 
 def uncertainty(q: torch.Tensor) -> torch.Tensor:
@@ -657,41 +249,37 @@ def pbrl_actor_loss(actor, critics, obs, action, bc_coef: float = 0.0) -> torch.
     return -q.mean() / q.abs().mean().detach() + bc_coef * (policy - action).square().sum(dim=1).mean()
 
 
-def train_teacher(label, transitions, env, device, args, point, log):
+def train_teacher(label, seed: int, transitions, envs, args, device, point, output):
     """PBRL on one table of transitions, as in mop_pbrl_teacher.py -> (actor, critics).
 
-    transitions: rows (s, a, r, s', terminal), (N, obs + act + 1 + obs + 1); env: for evaluation; point: this teacher's
-    resume point or None; log(step, metrics, state): called every 1000 steps and, with the state, every eval_every.
+    transitions: rows (s, a, r, s', terminal); envs: for evaluation; point: this teacher's resume point or None; output:
+    the run's (folder, TensorBoard writer, evaluations, number of this teacher).
     """
-    columns = [env.obs_dim, env.action_dim, 1, env.obs_dim, 1]
-    torch.manual_seed(args.seed)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    sizes = env.obs_dim, env.action_dim, args.teacher_hidden
+    torch.manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
+    run_dir, writer, rows, number = output
+    obs_dim, action_dim = envs[0].observation_spec()["observations"].shape[0], envs[0].action_spec().shape[0]
+    columns, sizes = [obs_dim, action_dim, 1, obs_dim, 1], (obs_dim, action_dim, args.teacher_hidden)
     actor, target_actor = (Actor(*sizes).to(device) for _ in range(2))
     critics, target_critics = (Critics(args.num_critics, *sizes).to(device) for _ in range(2))
-    target_actor.load_state_dict(actor.state_dict())
-    target_critics.load_state_dict(critics.state_dict())
     adam = partial(torch.optim.Adam, lr=args.teacher_learning_rate, fused=True, capturable=True)
     actor_optimizer, critic_optimizer = adam(actor.parameters()), adam(critics.parameters())
+    target_actor.load_state_dict(actor.state_dict())
+    target_critics.load_state_dict(critics.state_dict())
     modules = {"actor": actor, "critics": critics, "target_actor": target_actor, "target_critics": target_critics}
     modules |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
-    start = 0
-    if point is not None:
-        start = point["step"]
-        for name, module in modules.items():
-            module.load_state_dict(point[name])
-        generator.set_state(point["generator"])
-
+    start, _ = restore(point, args.teacher_steps, modules, generator, [transitions])
     count = torch.tensor(float(start), dtype=torch.float64, device=device)  # the step, where a CUDA graph can read it
 
-    def update(step: int) -> dict:
+    def update(with_actor: bool) -> dict:
+        """The critics, with_actor the actor, and the targets."""
         # sample
+        beta_ood = (args.beta_ood * args.beta_ood_decay**count).clamp(min=args.beta_ood_min)
+        count.add_(1)
         index = torch.randint(len(transitions), (args.teacher_batch_size,), generator=generator, device=device)
         obs, action, reward, next_obs, terminal = transitions[index].split(columns, dim=1)
         target_noise = torch.randn(action.shape, generator=generator, device=device)
-        ood_noise = torch.randn(args.num_ood, 2 * len(obs), env.action_dim, generator=generator, device=device)
-        beta_ood = (args.beta_ood * args.beta_ood_decay**count).clamp(min=args.beta_ood_min)
-        count.add_(1)
+        ood_noise = torch.randn(args.num_ood, 2 * len(obs), action_dim, generator=generator, device=device)
 
         # critics
         batch, noise = (obs, action, reward.squeeze(1), next_obs, terminal.squeeze(1)), (target_noise, ood_noise)
@@ -702,11 +290,10 @@ def train_teacher(label, transitions, env, device, args, point, log):
         critic_optimizer.step()
 
         # actor
-        if step % args.policy_frequency == 0:
+        if with_actor:
             pi_loss = pbrl_actor_loss(actor, critics, obs, action, args.bc_coef)
-            gradients = torch.autograd.grad(pi_loss, list(actor.parameters()))  # none for the critics
-            for parameter, gradient in zip(actor.parameters(), gradients, strict=True):
-                parameter.grad = gradient
+            actor_optimizer.zero_grad()
+            pi_loss.backward(inputs=list(actor.parameters()))  # none for the critics
             actor_optimizer.step()
 
         # targets
@@ -715,40 +302,36 @@ def train_teacher(label, transitions, env, device, args, point, log):
             torch._foreach_lerp_(list(target_actor.parameters()), list(actor.parameters()), args.actor_tau)
         return {**metrics, "beta_ood": beta_ood}
 
+    updates = {flag: in_cuda_graph(partial(update, flag), args.cuda_graph, generator) for flag in (False, True)}
     progress = tqdm(total=args.teacher_steps, initial=start, desc=label, unit="step", disable=None)
-    updates, n = in_cuda_graph(update, args.cuda_graph, generator), args.cuda_graph or 1
-    for step in range(start, args.teacher_steps, n):
-        metrics = updates(step)
+    for step in range(start, args.teacher_steps):
+        metrics = updates[step % args.policy_frequency == 0]()
 
         # log, evaluate, save
-        progress.update(n)
-        now, state = step + n, None
-        if now % args.eval_every == 0 or now == args.teacher_steps:
-            state = {name: module.state_dict() for name, module in modules.items()}
-            state |= {"generator": generator.get_state(), "returns": evaluate(actor, env, device)}
-        if now % 1000 == 0 or state:
-            log(now, metrics, state)
+        progress.update()
+        now = step + 1
+        at_evaluation = now % args.eval_every == 0 or now == args.teacher_steps
+        if now % 1000 == 0 or at_evaluation:
+            values = log(writer, now, {f"{label}/{name}": value for name, value in metrics.items()})
+        if at_evaluation:
+            rows.append([now, label, evaluate(actor, envs, device)])
+            texts = (f"{name.split('/', 1)[1]} {value:.3g}" for name, value in values.items())
+            progress.write(f"{write_returns(run_dir, writer, rows, {}, 1)}; {', '.join(texts)}")
+            save_point(run_dir, args, now, modules, generator, [transitions], rows, phase=number)
     progress.close()
     return actor.requires_grad_(False), critics.requires_grad_(False)
 
 
-def load_teacher(path, task: str, obs_dim: int, device):
-    """Actor, critics and episode returns of a teacher's checkpoint."""
-    checkpoint = load_checkpoint(path, ("teacher",), task)
-    actor, critics = load_actor(checkpoint, path).to(device), load_critics(checkpoint, path).to(device)
-    if actor.net[0].in_features != obs_dim:
-        fail(f"{path}: expected a teacher of {obs_dim} observations, found {actor.net[0].in_features}")
-    return actor, critics, checkpoint["returns"][task]
+def add_task(obs: torch.Tensor, task_id: int, onehot: int = 0) -> torch.Tensor:
+    """States with the task id as one more number, (B, obs_dim) -> (B, obs_dim + 1), or as one of `onehot` flags."""
+    code = obs.new_zeros(len(obs), onehot or 1)
+    code[:, task_id if onehot else 0].fill_(1 if onehot else task_id)
+    return torch.cat([obs, code], dim=1)
 
 
-def save_teacher(path, actor, critics, task, level, sources, returns, args) -> None:
-    """Write a teacher's checkpoint (docs/formats.md); sources: the tasks whose data it learned from."""
-    sizes = {"in_dim": actor.net[0].in_features, "obs_dim": actor.net[0].in_features, "hidden": args.teacher_hidden}
-    sizes |= {"action_dim": actor.net[-2].out_features, "layer_norm": False, "log_std": None}
-    checkpoint = {"schema_version": SCHEMA_VERSION, "kind": "teacher", "tasks": [task], "level": level}
-    checkpoint |= {"args": vars(args), "step": args.teacher_steps, "sizes": {**sizes, "num_critics": args.num_critics}}
-    checkpoint |= {"actor": actor.state_dict(), "critics": critics.state_dict(), "returns": {task: returns}}
-    write_atomic(path, partial(torch.save, {**checkpoint, "data_tasks": list(sources), "versions": VERSIONS}))
+def mse_loss(student, x, teacher_action) -> torch.Tensor:
+    """|| pi^T(s) - pi^S(s, i) ||^2, summed over action dimensions (thesis 5.1.3). Rows x: (R, in_dim) -> (R,)."""
+    return (teacher_action - student(x)).square().sum(dim=1)
 
 
 @torch.no_grad()
@@ -767,165 +350,68 @@ def q_switch(teachers, obs: torch.Tensor, rows: int = 65_536) -> tuple[torch.Ten
     return torch.cat(chosen), torch.cat(winners)
 
 
-def add_task(obs: torch.Tensor, task_id: int, onehot: int = 0) -> torch.Tensor:
-    """States with the task id as one more number, (B, obs_dim) -> (B, obs_dim + 1), or as one of `onehot` flags."""
-    code = obs.new_zeros(len(obs), onehot or 1)
-    code[:, task_id if onehot else 0].fill_(1 if onehot else task_id)
-    return torch.cat([obs, code], dim=1)
-
-
-def mse_loss(student, x, teacher_action) -> torch.Tensor:
-    """|| pi^T(s) - pi^S(s, i) ||^2, summed over action dimensions (thesis 5.1.3). Rows x: (R, in_dim) -> (R,)."""
-    return (teacher_action - student(x)).square().sum(dim=1)
-
-
-@torch.no_grad()
-def in_parts(function, obs: torch.Tensor, rows: int = 65_536) -> torch.Tensor:
-    """function applied to a whole dataset, some rows at a time."""
-    return torch.cat([function(part) for part in obs.split(rows)])
-
-
 def main():
-    args, point = parse_args(Args)
-
-    # validate before anything is written
-    positive = ["eval_every", "eval_episodes", "final_eval_episodes", "gradient_steps", "learning_rate", "batch_size"]
-    positive += ["hidden", "teacher_steps", "teacher_learning_rate", "teacher_batch_size", "teacher_hidden"]
-    check_numbers(args, *positive, "tau", "actor_tau", "policy_frequency", "num_critics", "num_ood")
-    lengths = args.teacher_steps, args.gradient_steps, point["step"] if point else 0
-    check_cuda_graph(args.cuda_graph, args.policy_frequency, args.eval_every, *lengths)
+    args, point = parse_args(Args, LAPTOP)
+    device = select_device(args.device, args.threads, args.matmul_precision)
     tasks, m = args.tasks, len(args.tasks)
-    if m < 2 or len(set(tasks)) < m or len({task.partition("-")[0] for task in tasks}) > 1:
-        fail(f"--tasks: expected two or more distinct tasks of one domain, found {', '.join(tasks)}")
-    if len(args.level) not in (1, m) or len(args.data) not in (0, m):
-        fail(f"--level, --data: expected one level or one per task, and one file per task ({', '.join(tasks)})")
-    if len(args.teachers) not in (0, m, m * m):
-        found = f"found {len(args.teachers)}"
-        fail(
-            f"--teachers: expected {m} files (each task's own teacher) or {m * m} (task i from the data of j), {found}"
-        )
-    if args.num_critics < 2:
-        fail(f"--num-critics: expected at least 2 (the uncertainty is their disagreement), found {args.num_critics}")
-    levels = args.level * m if len(args.level) == 1 else args.level
-    device = select_device(args.device, args.threads, args.tf32)
-    eval_envs = [LockstepEnv(task, args.eval_episodes, args.threads) for task in tasks]
-    obs_dim, action_dim = eval_envs[0].obs_dim, eval_envs[0].action_dim
+    envs = [make_envs(task, args.eval_episodes) for task in tasks]
+    obs_dim, action_dim = envs[0][0].observation_spec()["observations"].shape[0], envs[0][0].action_spec().shape[0]
     onehot = m if args.task_encoding == "onehot" else 0
-    hint = "python mop_td3_collect.py --task"
-    names = [f"{task}-{level}" for task, level in zip(tasks, levels, strict=True)]
-    data_paths = args.data or [find_file("data", f"{n}.npz", f"{hint} {t}") for n, t in zip(names, tasks, strict=True)]
-    files = list(args.teachers)
-    if not files:
-        hint = "python mop_pbrl_teacher.py (or pass --teachers train ... to train it here); for --task"
-        files = [find_file("checkpoints", f"{n}-teacher.pt", f"{hint} {t}") for n, t in zip(names, tasks, strict=True)]
-    if len(files) == m:
-        files = [files[i] if i == j else "train" for i in range(m) for j in range(m)]
-    jobs, teacher_outputs = [], []  # jobs: (task, whose data it learns from, file)
-    for (i, j), path in zip(product(range(m), repeat=2), files, strict=True):
-        if path == "train":
-            path = Path(f"checkpoints/{tasks[i]}-from-{names[j]}-teacher.pt")
-            teacher_outputs.append(path)
-        jobs.append((i, [j], path))
-    datasets, given = [load_dataset(path, task)[0] for path, task in zip(data_paths, tasks, strict=True)], {}
-    for path, data in zip(data_paths, datasets, strict=True):
-        found = data["observations"].shape[1], data["actions"].shape[1]
-        if found != (obs_dim, action_dim):
-            fail(f"{path}: expected {obs_dim} observations and {action_dim} actions, found {found}")
-    for i, _, path in jobs:
-        if path not in teacher_outputs:
-            given[path] = load_teacher(path, tasks[i], obs_dim, device)
-    name = f"{Path(__file__).stem}-{args.hidden}-{'+'.join(dict.fromkeys(levels))}-seed{args.seed}"
-    run_dir = prepare_outputs(args, name, [*teacher_outputs, *([Path(args.output)] if args.output else [])])
-    output = Path(args.output or run_dir / "student.pt")
-
-    # data: rows (s, a, s', terminal) of every dataset j, and their rewards under every task i
-    tables, rewards_of = [], []
-    for j, (path, data) in enumerate(zip(data_paths, datasets, strict=True)):
-        others = [data["rewards"] if task == tasks[j] else relabel(path, data, task, args.threads) for task in tasks]
-        rewards_of.append([torch.from_numpy(reward)[:, None].to(device) for reward in others])
-        columns = [data[name] for name in ("observations", "actions", "next_observations", "terminals")]
-        columns = [column.reshape(len(data["rewards"]), -1) for column in columns]
-        tables.append(torch.from_numpy(np.concatenate(columns, axis=1, dtype=np.float32)).to(device))
-        means = ", ".join(f"{reward.mean():.3f} as {task}" for reward, task in zip(others, tasks, strict=True))
-        print(f"task {j}: {tasks[j]}, {len(tables[j])} transitions, mean reward {means}")
-    obs = torch.cat([part[:, :obs_dim] for part in tables])  # the union's states
-    del datasets, data, others, columns
+    tables, rewards_of, jobs, run_dir = load_inputs(args, (obs_dim, action_dim), device)
+    output, levels = Path(args.output or run_dir / "student.pt"), [args.level[i % len(args.level)] for i in range(m)]
+    obs = torch.cat([table[:, :obs_dim] for table in tables])  # the union's states
 
     # teachers
     writer = SummaryWriter(run_dir)
     writer.add_text("hyperparameters", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
-    clock, rows = time.time(), point["rows"] if point else []
-    phase, references = point["phase"] if point else 0, {}
-    teachers = []
-    for number, (i, sources, path) in enumerate(jobs):
-        task, label = tasks[i], f"{tasks[i]} from {tasks[sources[0]]}"
-        if path in given:
-            actor, critics, teacher_returns = given[path]
-        elif phase > number:  # finished before this run was resumed
-            actor, critics, teacher_returns = load_teacher(path, task, obs_dim, device)
-        else:
-            action_end = obs_dim + action_dim
-            parts = [[tables[j][:, :action_end], rewards_of[j][i], tables[j][:, action_end:]] for j in sources]
-            transitions = torch.cat([torch.cat(part, dim=1) for part in parts])  # (s, a, r, s', terminal)
-
-            def log(step, metrics, state):
-                for name, value in metrics.items():
-                    writer.add_scalar(f"{label}/{name}", value.item(), step)
-                if state is None:
-                    return
-                returns = state.pop("returns")
-                rows.append([step, label, returns])
-                writer.add_scalar(f"return/{label}", float(np.mean(returns)), step)
-                values = ", ".join(f"{name} {value.item():.3g}" for name, value in metrics.items())
-                tqdm.write(f"{label}, step {step}: {np.mean(returns):.1f} +- {np.std(returns):.1f}; {values}")
-                write_returns(run_dir, rows)
-                state |= {"args": vars(args), "phase": number, "step": step, "rows": rows}
-                write_atomic(run_dir / "resume.pt", partial(torch.save, state))
-
+    clock, rows, phase = time.time(), list(point["rows"]) if point else [], point["phase"] if point else 0
+    teachers, references, columns = [], {}, [obs_dim + action_dim, obs_dim + 1]
+    for number, (i, sources, path, trained) in enumerate(jobs):
+        label = f"{tasks[i]} from {tasks[sources[0]]}"
+        if trained and phase <= number:
+            parts = [[*tables[j].split(columns, dim=1), rewards_of[j][i]] for j in sources]
+            transitions = torch.cat([torch.cat([sa, r, s2], dim=1) for sa, s2, r in parts])  # (s, a, r, s', terminal)
+            seed = f"{args.seed} teacher {tasks[i]} from {'+'.join(sorted(tasks[j] for j in sources))}"
+            seed = args.seed if args.common_seed else zlib.crc32(seed.encode())
             this_point = point if point and phase == number else None
-            actor, critics = train_teacher(label, transitions, eval_envs[i], device, args, this_point, log)
-            teacher_returns = evaluate(actor, LockstepEnv(task, args.final_eval_episodes, args.threads), device)
-            names = [tasks[j] for j in sources]
-            save_teacher(path, actor, critics, task, levels[sources[0]], names, teacher_returns, args)
+            place = run_dir, writer, rows, number
+            actor, critics = train_teacher(label, seed, transitions, envs[i], args, device, this_point, place)
+            returns = evaluate(actor, make_envs(tasks[i], args.final_eval_episodes), device)
+            save_teacher(path, actor, critics, tasks[i], levels[sources[0]], [tasks[j] for j in sources], returns, args)
             del parts, transitions
+        actor, critics, returns = load_teacher(path, tasks[i], (obs_dim, action_dim), device)
         teachers.append((actor, critics))
-        references.setdefault(task, {})[f"from {tasks[sources[0]]}"] = float(np.mean(teacher_returns))
-        print(f"{label}: {path}, return {np.mean(teacher_returns):.1f} +- {np.std(teacher_returns):.1f}")
+        references.setdefault(tasks[i], {})[f"from {tasks[sources[0]]}"] = float(np.mean(returns))
+        print(f"{label}: {path}, return {np.mean(returns):.1f} +- {np.std(returns):.1f}")
 
-    # the switch, once for all states: the teachers are frozen
-    parts, switch = [], {}
+    # what the student is to do in every state, for every task: the switch, once, as the teachers are frozen
+    parts, switch = [], {}  # task -> source of the states -> share of them that each teacher wins
     for i, task in enumerate(tasks):
         target, winner = q_switch(teachers[i * m : (i + 1) * m], obs)
         parts.append(torch.cat([add_task(obs, i, onehot), target], dim=1))
-        switch[task] = {}  # source of the states -> share of them that each teacher wins
+        switch[task] = {}
         for source, won in zip(tasks, winner.split([len(part) for part in tables]), strict=True):
             share = (won.bincount(minlength=m) / len(won)).tolist()
             switch[task][source] = {f"from {t}": round(value, 4) for t, value in zip(tasks, share, strict=True)}
-            for t, value in zip(tasks, share, strict=True):
-                writer.add_scalar(f"switch/{task} on states of {source}/from {t}", value, 0)
-            shares = ", ".join(f"{100 * value:.1f}% from {t}" for t, value in zip(tasks, share, strict=True))
-            print(f"switch: {task}, on the states of {source}: {shares}")
-    table = torch.cat(parts)  # (m * N, in_dim + act): all states, for every task
+            print(f"switch: {task}, on the states of {source}:", switch[task][source])
+    table = torch.cat(parts)  # (m * N, in_dim + act)
     del parts
 
     # student
-    torch.manual_seed(args.seed)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    sizes = {"in_dim": obs_dim + (onehot or 1), "action_dim": action_dim, "hidden": args.hidden}
-    student = Actor(*sizes.values()).to(device)
+    seed = zlib.crc32(f"{args.seed} student".encode())
+    torch.manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
+    in_dim = obs_dim + (onehot or 1)
+    student = Actor(in_dim, action_dim, args.hidden).to(device)
     optimizer = torch.optim.Adam(student.parameters(), lr=args.learning_rate, fused=True, capturable=True)
-    start = 0
-    if point and phase == m * m:
-        start = point["step"]
-        student.load_state_dict(point["student"])
-        optimizer.load_state_dict(point["optimizer"])
-        generator.set_state(point["generator"])
+    modules = {"student": student, "optimizer": optimizer}
+    start, _ = restore(point if phase == len(jobs) else None, args.gradient_steps, modules, generator, [table])
 
-    def update(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def update() -> dict:
         # sample a batch of every task, all from the union
         shape, keywords = (args.batch_size,), {"generator": generator, "device": device}
         index = torch.cat([torch.randint(i * len(obs), (i + 1) * len(obs), shape, **keywords) for i in range(m)])
-        x, target_action = table[index].tensor_split([sizes["in_dim"]], dim=1)
+        x, target_action = table[index].tensor_split([in_dim], dim=1)
 
         # student
         losses = mse_loss(student, x, target_action)
@@ -933,54 +419,383 @@ def main():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return losses.detach(), loss.detach()
+        by_task = losses.detach().view(m, -1).mean(dim=1)
+        return {f"loss/mse/{task}": value for task, value in zip(tasks, by_task, strict=True)}
 
+    updates = in_cuda_graph(update, args.cuda_graph, generator)
+    policies = [partial(lambda i, x: student(add_task(x, i, onehot)), i) for i in range(m)]
     progress = tqdm(total=args.gradient_steps, initial=start, desc="student", unit="step", disable=None)
     student_clock = time.time()
-    updates, n = in_cuda_graph(update, args.cuda_graph, generator), args.cuda_graph or 1
-    for step in range(start, args.gradient_steps, n):
-        losses, loss = updates(step)
+    for step in range(start, args.gradient_steps):
+        metrics = updates()
 
         # log, evaluate, save
-        progress.update(n)
-        now = step + n
-        if now % 1000 == 0:
-            for task, part in zip(tasks, losses.chunk(m), strict=True):
-                writer.add_scalar(f"loss/mse/{task}", part.mean().item(), now)
-            writer.add_scalar("speed/steps_per_second", (now - start) / (time.time() - student_clock), now)
-        if now % args.eval_every == 0 or now == args.gradient_steps:
-            texts = []
-            for i, env in enumerate(eval_envs):
-                returns = evaluate(lambda x: student(add_task(x, i, onehot)), env, device)
-                rows.append([now, env.task, returns])
-                writer.add_scalar(f"return/{env.task}", float(np.mean(returns)), now)
-                reference = ", ".join(f"{k} {v:.1f}" for k, v in references[env.task].items())
-                texts.append(f"{env.task} {np.mean(returns):.1f} ({reference})")
-            progress.set_postfix({task: f"{np.mean(r):.0f}" for _, task, r in rows[-m:]})
-            progress.write(f"step {now}: {'; '.join(texts)}; loss {loss.item():.2g}")
-            state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "args": vars(args)}
-            state |= {"phase": m * m, "step": now, "rows": rows, "generator": generator.get_state()}
-            write_returns(run_dir, rows, references)
-            write_atomic(run_dir / "resume.pt", partial(torch.save, state))
+        progress.update()
+        now = step + 1
+        at_evaluation = now % args.eval_every == 0 or now == args.gradient_steps
+        if now % 1000 == 0 or at_evaluation:
+            speed = {"speed/steps_per_second": (now - start) / (time.time() - student_clock)}
+            values = log(writer, now, metrics | speed)
+        if at_evaluation:
+            rows += [[now, task, evaluate(policies[i], envs[i], device)] for i, task in enumerate(tasks)]
+            text = write_returns(run_dir, writer, rows, references, m)
+            progress.write(f"{text}; {', '.join(f'{name} {value:.3g}' for name, value in values.items())}")
+            save_point(run_dir, args, now, modules, generator, [table], rows, phase=len(jobs))
     progress.close()
     writer.close()
 
     # final evaluation, checkpoint
-    returns = {}
-    for i, task in enumerate(tasks):
-        env = LockstepEnv(task, args.final_eval_episodes, args.threads)
-        returns[task] = evaluate(lambda x: student(add_task(x, i, onehot)), env, device)
-    sizes |= {"obs_dim": obs_dim, "layer_norm": False, "log_std": None, "task_encoding": args.task_encoding}
-    checkpoint = {"schema_version": SCHEMA_VERSION, "kind": "student", "tasks": list(tasks), "level": list(levels)}
-    checkpoint |= {"args": vars(args), "step": args.gradient_steps, "sizes": sizes, "versions": VERSIONS}
-    checkpoint |= {"actor": student.cpu().state_dict(), "returns": returns, "switch": switch}
+    returns = {t: evaluate(policies[i], make_envs(t, args.final_eval_episodes), device) for i, t in enumerate(tasks)}
+    sizes = {"in_dim": in_dim, "obs_dim": obs_dim, "action_dim": action_dim, "hidden": args.hidden, "log_std": None}
+    sizes |= {"layer_norm": False, "task_encoding": args.task_encoding}
+    checkpoint = {"schema_version": SCHEMA_VERSION, "kind": "student", "tasks": list(tasks), "level": levels}
+    checkpoint |= {"args": vars(args), "step": args.gradient_steps, "sizes": sizes, "returns": returns}
+    checkpoint |= {"actor": student.state_dict(), "versions": VERSIONS, "switch": switch}
     write_atomic(output, partial(torch.save, checkpoint))
-    summary = {}
-    for task, values in returns.items():
-        summary[task] = {**summarize(values), **{name: round(v, 1) for name, v in references[task].items()}}
-    files = [str(output), *map(str, teacher_outputs), str(run_dir / "returns.csv"), str(run_dir / "learning_curve.png")]
-    result = {"returns": summary, "files": files, "switch": switch}
-    print("RESULT", json.dumps({**result, "run_dir": str(run_dir), "seconds": round(time.time() - clock)}))
+    files = [output, *(path for _, _, path, trained in jobs if trained), run_dir / "returns.csv"]
+    result = {"returns": summarize(returns, references), "files": [str(path) for path in files], "switch": switch}
+    print("RESULT", json.dumps(result | {"run_dir": str(run_dir), "seconds": round(time.time() - clock)}))
+
+
+# ==================================== the method ends here; below: inputs, evaluation, files, command line, CUDA graph
+def load_inputs(args, sizes: tuple, device):
+    """Check the flags, read the datasets -> (table of rows (s, a, s', terminal) per dataset j, its rewards (N, 1) under
+    every task i [j][i], jobs (task, whose data its teacher learns from, the teacher's file, whether it is trained
+    here), the run's folder)."""
+    tasks, m = args.tasks, len(args.tasks)
+    fits = m > 1 and len(set(tasks)) == m and len({task.partition("-")[0] for task in tasks}) == 1
+    require(fits, f"--tasks: expected two or more distinct tasks of one domain, found {', '.join(tasks)}")
+    fits = len(args.level) in (1, m) and len(args.data) in (0, m)
+    require(fits, f"--level, --data: expected one level or one per task, and one file per task ({', '.join(tasks)})")
+    require(args.num_critics > 1, f"--num-critics: expected 2 or more (U is their std), found {args.num_critics}")
+    names = [f"{task}-{args.level[i % len(args.level)]}" for i, task in enumerate(tasks)]
+    wanted = f"{m} files (each task's own teacher) or {m * m} (task i from the data of j)"
+    require(len(args.teachers) in (0, m, m * m), f"--teachers: expected {wanted}, found {len(args.teachers)}")
+    hint = "python mop_pbrl_teacher.py (or pass --teachers train ... to train it here); for --task"
+    files = list(args.teachers) or [
+        find_file("checkpoints", f"{name}-teacher.pt", f"{hint} {t}") for name, t in zip(names, tasks, strict=True)
+    ]
+    if len(files) == m:
+        files = [files[i] if i == j else "train" for i in range(m) for j in range(m)]
+    jobs = []
+    for (i, j), path in zip(product(range(m), repeat=2), files, strict=True):
+        trained = Path(f"checkpoints/{tasks[i]}-from-{names[j]}-teacher.pt")
+        jobs.append((i, [j], trained if path == "train" else path, path == "train"))
+    hint = "python mop_td3_collect.py --task"
+    paths = list(args.data) or [find_file("data", f"{n}.npz", f"{hint} {t}") for n, t in zip(names, tasks, strict=True)]
+    datasets = [load_dataset(path, task, sizes)[0] for path, task in zip(paths, tasks, strict=True)]
+    for i, _, path, trained in jobs:
+        if not trained:
+            load_teacher(path, tasks[i], sizes, device)
+    outputs = [path for *_, path, trained in jobs if trained] + ([Path(args.output)] if args.output else [])
+    inputs = paths + [path for *_, path, trained in jobs if not trained]
+    name = f"{args.hidden}-{'+'.join(dict.fromkeys(args.level))}-seed{args.seed}"
+    run_dir = prepare_outputs(args, name, outputs, inputs)
+    tables, rewards_of = [], []
+    for j, (path, data) in enumerate(zip(paths, datasets, strict=True)):
+        rewards = [data["rewards"] if task == tasks[j] else relabel(path, data, task) for task in tasks]
+        rewards_of.append([torch.from_numpy(reward)[:, None].to(device) for reward in rewards])
+        columns = [data[name] for name in ("observations", "actions", "next_observations", "terminals")]
+        columns = [column.reshape(len(data["rewards"]), -1) for column in columns]
+        tables.append(torch.from_numpy(np.concatenate(columns, axis=1, dtype=np.float32)).to(device))
+        means = ", ".join(f"{reward.mean():.3f} as {task}" for reward, task in zip(rewards, tasks, strict=True))
+        print(f"task {j}: {tasks[j]}, {len(tables[j])} transitions, mean reward {means}")
+    return tables, rewards_of, jobs, run_dir
+
+
+def relabel(path, data: dict, task: str) -> np.ndarray:
+    """The dataset's rewards under another task (N,) f32; kept beside it, in a file with a hash of it in its name."""
+    key = zlib.crc32(np.ascontiguousarray(data["physics"]), zlib.crc32(np.ascontiguousarray(data["actions"])))
+    cache = Path(path).with_name(f"{Path(path).stem}.{task}-{VERSIONS['mujoco']}-{key:08x}.npy")
+    with suppress(OSError, ValueError, EOFError):  # none there, or a broken one, which is made anew
+        rewards = np.load(cache, allow_pickle=False)
+        if rewards.shape == data["rewards"].shape and np.isfinite(rewards).all():
+            return rewards.astype(np.float32)
+    rewards = compute_rewards(task, data["physics"], data["actions"])
+    with suppress(SystemExit):  # no room for it: it can be computed again
+        write_atomic(cache, lambda file: np.save(file, rewards))
+    return rewards
+
+
+def load_teacher(path, task: str, sizes: tuple, device):
+    """Actor, critics and episode returns of a teacher's checkpoint."""
+    checkpoint = load_checkpoint(path, ("teacher",), task)
+    actor, critics = (load_network(cls, checkpoint, path).to(device) for cls in (Actor, Critics))
+    found = actor.net[0].in_features, actor.net[-2].out_features
+    wanted = "a deterministic teacher of {} observations and {} actions".format(*sizes)
+    require(found == sizes, f"{path}: expected {wanted}, found {found}")
+    return actor, critics, checkpoint["returns"][task]
+
+
+def save_teacher(path, actor, critics, task, level, sources, returns, args) -> None:
+    """Write a teacher's checkpoint (docs/formats.md); sources: the tasks whose data it learned from."""
+    sizes = {"in_dim": actor.net[0].in_features, "obs_dim": actor.net[0].in_features, "hidden": args.teacher_hidden}
+    sizes |= {"action_dim": actor.net[-2].out_features, "layer_norm": False, "log_std": None}
+    checkpoint = {"schema_version": SCHEMA_VERSION, "kind": "teacher", "tasks": [task], "level": level}
+    checkpoint |= {"args": vars(args), "step": args.teacher_steps, "sizes": {**sizes, "num_critics": args.num_critics}}
+    checkpoint |= {"actor": actor.state_dict(), "critics": critics.state_dict(), "returns": {task: returns}}
+    write_atomic(path, partial(torch.save, {**checkpoint, "data_tasks": list(sources), "versions": VERSIONS}))
+
+
+def make_envs(task: str, n: int) -> list:
+    """n dm_control environments of DOMAIN-TASK, with flat observations; fail where the scripts cannot handle it."""
+    domain, _, name = task.partition("-")
+    known = sorted(t for d, t in suite.ALL_TASKS if d == domain)
+    hint = f"the tasks of {domain} are {', '.join(known)}" if known else "for example walker-walk, cheetah-run"
+    require(name in known, f"task {task}: expected DOMAIN-TASK of the dm_control suite; {hint}")
+    envs = [suite.load(domain, name, environment_kwargs={"flat_observation": True}) for _ in range(n)]
+    action = envs[0].action_spec()
+    fits = np.all(action.minimum == -1) and np.all(action.maximum == 1) and np.isfinite(envs[0]._step_limit)
+    require(fits, f"task {task}: expected actions in [-1, 1] and a time limit, found other bounds or no limit")
+    return envs
+
+
+@torch.no_grad()
+def evaluate(policy, envs: list, device: torch.device) -> list[float]:
+    """Return of one episode in each environment, from fixed initial states, all stepped together; policy: (n, obs) ->
+    (n, act or more) tensors, of which a Gaussian policy's mean comes first."""
+    for e, env in enumerate(envs):
+        env.task.random.seed(EVAL_SEED + e)
+    steps, returns, action_dim = [env.reset() for env in envs], np.zeros(len(envs)), envs[0].action_spec().shape[0]
+    while not steps[0].last():  # all episodes have the same time limit
+        obs = torch.from_numpy(np.stack([step.observation["observations"] for step in steps])).float()
+        actions = policy(obs.to(device))[:, :action_dim].cpu().numpy()
+        steps = [env.step(action) for env, action in zip(envs, actions, strict=True)]
+        returns += np.array([step.reward for step in steps], np.float32)
+    return returns.tolist()
+
+
+def require(condition, message: str) -> None:
+    """One clear line on standard error and exit code 1, no traceback, unless the condition holds."""
+    if not condition:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {message}")
+
+
+@contextmanager
+def expecting(what: str, subject):
+    """Whatever fails inside becomes one line: its subject (a file, a flag), what was expected of it, what was found."""
+    try:
+        yield
+    except Exception as error:
+        found = (str(error).splitlines() or [""])[0][:200]
+        require(False, f"{subject}: expected {what}; found {type(error).__name__}: {found}")
+
+
+def find_file(folder: str, name: str, hint: str) -> Path:
+    """folder/name, else the bundled pretrained/name beside this script (and say so); fail with the hint otherwise."""
+    path, bundled = Path(folder) / name, Path(__file__).resolve().parent / "pretrained" / name
+    require(path.is_file() or bundled.is_file(), f"{path}: not found, nor in pretrained/; make it with: {hint}")
+    if not path.is_file():
+        print(f"{path} is not there: using the bundled pretrained/{name}")
+    return path if path.is_file() else bundled
+
+
+def load_dataset(path, task: str | None = None, sizes: tuple | None = None) -> tuple[dict, dict]:
+    """Read and check a dataset .npz (docs/formats.md), of the task and the sizes (obs, act) if given; physics in f64,
+    other numbers in f32 -> (arrays, metadata)."""
+    hint = f"collect one with: python mop_td3_collect.py --task {task or 'TASK'}"
+    require(Path(path).is_file(), f"{path}: no such dataset; {hint}")
+    with expecting(f"a readable .npz dataset of {', '.join(DATASET)} and metadata, without pickled objects", path):
+        file = np.load(path, allow_pickle=False)
+        data, text = {name: file[name] for name in DATASET}, str(file["metadata"])
+    with expecting("metadata of JSON text with schema_version, task and episode_returns (docs/formats.md)", path):
+        metadata = json.loads(text)
+        found = metadata["schema_version"], metadata["task"], np.mean(metadata["episode_returns"])
+        assert np.isfinite(found[2]), "returns that are no finite numbers"
+    require(found[0] == SCHEMA_VERSION, f"{path}: expected schema version {SCHEMA_VERSION}, found {found[0]}")
+    require(task in (None, found[1]), f"{path}: expected data of {task}, found {found[1]}")
+    n = data["rewards"].size
+    for name, (dtype, ndim) in DATASET.items():
+        array, kind = data[name], np.dtype(dtype).kind
+        fits = array.dtype.kind == kind and array.ndim == ndim and len(array) == n and array.size > 0
+        wanted = f"{ndim}-dimensional {'bool' if kind == 'b' else 'float'} array of {n} rows as in rewards, not empty"
+        require(fits, f"{path}: {name}: expected a {wanted}, found {array.dtype} with shape {array.shape}")
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+            data[name] = array.astype(dtype, copy=False)
+        finite = np.isfinite(data[name].reshape(n, -1)).all(axis=1)
+        require(finite.all(), f"{path}: {name}: NaN or infinite value, first in row {finite.argmin()}")
+    shapes = [data[name].shape[1] for name in ("observations", "actions", "next_observations")]
+    found = f"{path}: expected {{}} observations and {{}} actions, next_observations like observations, found {shapes}"
+    require(shapes == [*(sizes or shapes[:2]), shapes[0]], found.format(*(sizes or shapes[:2])))
+    largest = np.abs(data["actions"]).max()
+    require(largest <= 1, f"{path}: actions: expected values in [-1, 1], found {largest:.4g} in size")
+    return data, metadata
+
+
+def load_checkpoint(path, kinds: tuple[str, ...], task: str | None = None) -> dict:
+    """Read and check a checkpoint (docs/formats.md) of one of the kinds, and of the task if given."""
+    require(Path(path).is_file(), f"{path}: no such checkpoint")
+    with expecting("a readable checkpoint of these scripts, without pickled objects (those are refused)", path):
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare its check sums
+            assert archive.testzip() is None, "damaged bytes"
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"schema_version", "kind", "tasks", "args", "step", "sizes", "actor", "returns"} - checkpoint.keys()
+        assert not missing, f"none of {', '.join(sorted(missing))}"
+        found, tasks = checkpoint["schema_version"], checkpoint["tasks"]
+        assert found == SCHEMA_VERSION, f"schema version {found}, not {SCHEMA_VERSION}"
+        assert checkpoint["kind"] in kinds, f"kind {checkpoint['kind']}, not {' or '.join(kinds)}"
+        assert task is None or tasks == [task], f"{', '.join(tasks)}, not {task}"
+        assert all(np.isfinite(np.mean(checkpoint["returns"][t])) for t in tasks), "returns that are no finite numbers"
+    return checkpoint
+
+
+def load_network(cls, checkpoint: dict, path) -> nn.Module:
+    """The frozen Actor or Critics of a checkpoint, built without memory until the weights are known to fit."""
+    with expecting("weights and sizes that fit together", path), torch.device("meta"):
+        sizes, weights = checkpoint["sizes"], checkpoint["actor" if cls is Actor else "critics"]
+        if cls is Actor:
+            out_dim = sizes["action_dim"] * (2 if sizes.get("log_std") else 1)
+            network = Actor(sizes["in_dim"], out_dim, sizes["hidden"])
+        else:
+            network = Critics(len(weights["w1"]), sizes["obs_dim"], sizes["action_dim"], sizes["hidden"])
+        network.load_state_dict(weights, assign=True)
+        finite = all(parameter.float().isfinite().all() for parameter in network.parameters())
+        assert finite, "weights that are no finite numbers"
+    return network.float().requires_grad_(False)
+
+
+def write_atomic(path, write) -> None:
+    """Call write(temporary file object beside path), then rename: a reader sees the old file or the whole new one."""
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    try:
+        with expecting("free space and a folder you may write to", path):
+            with open(temporary, "wb") as file:
+                write(file)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_point(run_dir: Path, args, step: int, modules: dict, generator, tables, rows: list, **more) -> None:
+    """Write the run's resume point: everything that restore puts back or compares, and more."""
+    state = {name: module.state_dict() for name, module in modules.items()} | more
+    state |= {"script": Path(__file__).stem, "args": vars(args), "step": step, "rows": rows}
+    state |= {"data_key": [zlib.crc32(table.cpu().numpy()) for table in tables], "generator": generator.get_state()}
+    write_atomic(run_dir / "resume.pt", partial(torch.save, state))
+
+
+def restore(point: dict | None, steps: int, modules: dict, generator, tables) -> tuple[int, list]:
+    """Put a resume point's networks, optimisers and random numbers back -> (steps done, evaluations); None: (0, [])."""
+    if point is None:
+        return 0, []
+    with expecting("a resume point that fits the arguments and the data", "--resume"):
+        key = [zlib.crc32(table.cpu().numpy()) for table in tables]
+        assert key == point["data_key"], "one of other data"
+        assert 0 < point["step"] <= steps, f"{point['step']} steps done of {steps}"
+        for name, module in modules.items():
+            module.load_state_dict(point[name])
+            for parameter, state in getattr(module, "state", {}).items():  # Adam's, whose shapes torch does not check
+                assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape, f"other shapes in {name}"
+        generator.set_state(point["generator"])
+        return point["step"], list(point["rows"])
+
+
+def parse_args(cls, laptop: dict):
+    """Command line -> (arguments, resume point or None); --scale laptop and --resume give the defaults of the flags."""
+    args, point, default = tyro.cli(cls, description=sys.modules[cls.__module__].__doc__), None, cls()
+    if args.resume is not None:
+        path = Path(args.resume) / "resume.pt"
+        require(path.is_file(), f"--resume {args.resume}: expected a run folder with resume.pt in it, found none")
+        with expecting(f"a resume point of {Path(__file__).name}", path):
+            point = torch.load(path, map_location="cpu", weights_only=True)
+            assert point["script"] == Path(__file__).stem, f"one of {point['script']}.py"
+            default = replace(cls(**point["args"]), resume=args.resume, run_dir=args.resume)
+    if args.scale == "laptop":
+        default = replace(default, **laptop, scale="laptop")
+    args = tyro.cli(cls, default=default, description=sys.modules[cls.__module__].__doc__)
+    if args.scale == "laptop":
+        print("--scale laptop:", *(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in laptop))
+    for name, value in vars(args).items():
+        if isinstance(value, int | float):
+            low, high = 0 if name in MAY_BE_ZERO or isinstance(value, bool) else "above 0", LIMITS.get(name, 2**31 - 1)
+            fits = math.isfinite(value) and 0 <= value <= high and (value > 0 or low == 0)
+            require(fits, f"--{name.replace('_', '-')}: expected a number from {low} to {high}, found {value}")
+    return args, point
+
+
+def select_device(device: str, threads: int, matmul_precision: str) -> torch.device:
+    """Set torch's CPU threads (0: all cores) and precision, return the device; fail where cuda is asked and missing."""
+    require(device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA device was found; use --device cpu")
+    torch.set_num_threads(threads or os.cpu_count())
+    torch.set_float32_matmul_precision(matmul_precision)
+    with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(trim_threshold, 2**30)
+        mallopt(mmap_threshold, 2**26)
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def prepare_outputs(args, name: str, outputs: list[Path], inputs: list) -> Path:
+    """Create the run's folder and those of the outputs; fail where something would be overwritten or not be written."""
+    run_dir = Path(args.run_dir or f"runs/{Path(__file__).stem}-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if args.resume is None:
+        hint = f"continue it with --resume {run_dir} or " if (run_dir / "resume.pt").exists() else ""
+        empty = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
+        require(empty, f"--run-dir {run_dir}: expected an empty folder or a new one; {hint}choose another")
+    for path in outputs:
+        require(path.is_file() or not path.exists(), f"{path}: expected a file to write, found something else")
+        free = args.resume is not None or args.overwrite or not path.exists()
+        require(free, f"{path}: exists already; pass --overwrite to replace it")
+        read = any(path.resolve() == Path(other).resolve() for other in inputs)
+        require(not read, f"{path}: is read by this run, which cannot replace it; choose another --output")
+    for folder in [run_dir, *(path.parent for path in outputs)]:
+        with expecting("a folder that can be made and written", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            assert os.access(folder, os.W_OK), "no permission"
+    return run_dir
+
+
+def log(writer: SummaryWriter, step: int, metrics: dict) -> dict:
+    """Write () tensors and numbers to TensorBoard, return them as numbers; stop at one that is NaN or infinite."""
+    values = {name: float(value) for name, value in metrics.items()}
+    for name, value in values.items():
+        hint = "training diverged, the last resume point is from before; try a lower learning rate"
+        require(math.isfinite(value), f"step {step}: {name} is {value}: {hint}")
+        writer.add_scalar(name, value, step)
+    return values
+
+
+def write_returns(run_dir: Path, writer: SummaryWriter, rows: list, references: dict, new: int) -> str:
+    """returns.csv of rows (step, task, episode returns); of the `new` last ones TensorBoard's means, and text."""
+    lines = ["step,task,episode,return"]
+    lines += [f"{step},{task},{e},{value:.4f}" for step, task, values in rows for e, value in enumerate(values)]
+    write_atomic(run_dir / "returns.csv", lambda file: file.write("\n".join([*lines, ""]).encode()))
+    texts = [f"step {rows[-1][0]}:"]
+    for step, task, values in rows[-new:]:
+        writer.add_scalar(f"return/{task}", np.mean(values), step)
+        beside = ", ".join(f"{name} {value:.1f}" for name, value in references.get(task, {}).items())
+        texts.append(f"{task} {np.mean(values):.1f} +- {np.std(values):.1f}{beside and f' ({beside})'}")
+    return " ".join(texts)
+
+
+def summarize(returns: dict, references: dict) -> dict:
+    """Mean and std over episodes beside the references, for the RESULT line."""
+    numbers = {k: {"mean": np.mean(v), "std": np.std(v)} | references.get(k, {}) for k, v in returns.items()}
+    return {k: {n: round(x, 1) for n, x in v.items()} | {"episodes": len(returns[k])} for k, v in numbers.items()}
+
+
+def in_cuda_graph(update, enabled: bool, generator: torch.Generator):
+    """update itself, or if enabled on CUDA a call that replays it as one CUDA graph: the same kernels on the same
+    memory without Python between them, so that what a call returns is overwritten by the next one."""
+    if not enabled or generator.device.type != "cuda":
+        return update
+
+    def calls():
+        graph, side, main = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+        graph.register_generator_state(generator)
+        for _ in range(3):  # run eagerly: lazily made states and workspaces come to be outside the graph
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                result = update()
+            main.wait_stream(side)
+            yield result
+        with torch.cuda.graph(graph, stream=side):
+            result = update()  # recorded, not run
+        while True:
+            graph.replay()
+            yield result
+
+    return calls().__next__
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ Out: checkpoints/<task>-<level>-teacher.pt with actor and critics, and the run's
 """
 
 import ctypes
-import dataclasses
 import json
+import math
 import os
 import sys
 import time
-from contextlib import suppress
-from dataclasses import dataclass
+import zlib
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -31,22 +32,24 @@ import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from dm_control import suite
-from dm_control.utils import rewards
-from matplotlib.figure import Figure
-from mujoco.batch import Batch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCHEMA_VERSION = 1  # of datasets and checkpoints
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; training and collection stay below
 LOG_STD = {"deterministic": None, "gaussian": (-5.0, 0.0), "gaussian-tanh": (-1.0, 1.0)}  # bounds
-WALKER_SPEED = {"walker-stand": 0.0, "walker-walk": 1.0, "walker-run": 8.0}  # m/s, as in dm_control.suite.walker
 VERSIONS = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
 VERSIONS |= {"numpy": np.__version__, "mujoco": mujoco.__version__}
-RESUMABLE = {"device", "threads", "tf32", "cuda_graph", "gradient_steps", "eval_episodes", "final_eval_episodes"}
+DATASET = {"observations": (np.float32, 2), "actions": (np.float32, 2), "rewards": (np.float32, 1)}  # type, dimensions
+DATASET |= {"next_observations": (np.float32, 2), "terminals": (bool, 1), "timeouts": (bool, 1)}
+DATASET |= {"physics": (np.float64, 2)}
+MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "exploration_noise", "ood_noise", "beta_in"}
+MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
+LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024}  # of flags
+LAPTOP = {"gradient_steps": 60_000, "batch_size": 256, "num_ood": 1, "learning_rate": 3e-4, "tau": 0.02}
+LAPTOP |= {"actor_tau": 0.02, "beta_ood_decay": 0.9999}  # --scale laptop
 
 
 @dataclass
@@ -57,9 +60,13 @@ class Args:
     tasks: tuple[str, ...] = ()
     """naive multi-task PBRL on these tasks instead: one actor that reads the task id, critics per task"""
     seed: int = 1
-    """seed of the weights, the noise, the batches and the initial states"""
+    """seed of the weights, the noise and the batches"""
+    common_seed: bool = False
+    """every task's teacher from the same weights, batches and noise; else from those of the seed and its task"""
+    scale: Literal["thesis", "laptop"] = "thesis"
+    """defaults of the flags: the thesis's, or settings for one CPU core (LAPTOP in the script)"""
     run_dir: str | None = None
-    """folder for the logs, curves and the resume point; default: runs/<script>-<task>-seed<seed>-<time>"""
+    """folder for the logs, curves and the resume point; default: runs/<script and settings>-<time>"""
     resume: str | None = None
     """run folder to continue; its stored arguments become the defaults"""
     eval_every: int = 10_000
@@ -121,324 +128,38 @@ class Args:
     """auto: cuda where there is one"""
     threads: int = 0
     """CPU threads of torch and of the physics; 0: all cores"""
-    tf32: bool = False
-    """on CUDA: matrix products with 10-bit mantissas (see docs/speed.md)"""
-    cuda_graph: int = 0
-    """on CUDA: updates that are replayed at once as one CUDA graph; 0: none, PyTorch runs every operation"""
-
-
-# ---------------------------------------------------------------------------------------------------------- utilities
-def fail(message: str):
-    """One clear line on standard error, exit code 1, no traceback."""
-    raise SystemExit(f"{Path(sys.argv[0]).name}: error: {message}")
-
-
-def check_numbers(args, *names: str) -> None:
-    """Fail unless every named argument is above 0, every other number is 0 or more, and gamma and tau are at most 1."""
-    for name, value in vars(args).items():
-        flag = f"--{name.replace('_', '-')}"
-        if name in names and not value > 0:
-            fail(f"{flag}: expected a positive number, found {value}")
-        if isinstance(value, int | float) and not value >= 0:
-            fail(f"{flag}: expected 0 or more, found {value}")
-        if name in ("gamma", "tau", "actor_tau") and value > 1:
-            fail(f"{flag}: expected at most 1, found {value}")
-
-
-def write_atomic(path, write) -> None:
-    """Call write(temporary file object beside path), then rename: a reader sees the old file or the whole new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    except OSError as error:
-        fail(f"{path}: cannot be written ({error.strerror or error}); choose a folder you may write to")
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def parse_args(cls):
-    """Command line -> (arguments, resume point or None). With --resume the run's stored arguments are the defaults."""
-    args = tyro.cli(cls, description=sys.modules[cls.__module__].__doc__)
-    if args.resume is None:
-        return args, None
-    path = Path(args.resume) / "resume.pt"
-    if not path.is_file():
-        fail(f"--resume {args.resume}: expected a run folder with resume.pt in it, found none")
-    try:
-        point = torch.load(path, map_location="cpu", weights_only=True)
-        stored = cls(**point["args"])
-    except Exception as error:
-        fail(f"{path}: not a resume point of this script ({type(error).__name__}); start the run anew")
-    stored = dataclasses.replace(stored, resume=args.resume, run_dir=args.resume)
-    args = tyro.cli(cls, default=stored)
-    for name, old in vars(stored).items():
-        if getattr(args, name) != old and name not in RESUMABLE:
-            fail(f"--{name.replace('_', '-')}: the run was started with {old}, --resume cannot change that")
-    return args, point
-
-
-def select_device(device: str, threads: int, tf32: bool = False) -> torch.device:
-    """Set torch's CPU threads (0: all cores) and return the device; fail where cuda is asked for and there is none."""
-    torch.set_num_threads(threads or os.cpu_count())
-    if device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: no CUDA device was found; use --device cpu")
-    device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    torch.set_float32_matmul_precision("high" if tf32 and device.type == "cuda" else "highest")
-    with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
-        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
-        mallopt(trim_threshold, 2**30)
-        mallopt(mmap_threshold, 2**26)
-    return device
-
-
-def check_cuda_graph(n: int, frequency: int, *intervals: int) -> None:
-    """Fail unless n updates per CUDA graph fit a whole number of times between logs, evaluations and to the end."""
-    if n and (n % frequency or any(interval % n for interval in (1000, *intervals))):
-        expected = f"a multiple of {frequency} that divides 1000 and {', '.join(map(str, intervals))}"
-        fail(f"--cuda-graph: expected {expected} (the intervals of the loop), found {n}")
-
-
-def in_cuda_graph(update, n: int, generator: torch.Generator):
-    """call(step), which makes the updates update(step) to update(step + n - 1) and returns the last one's tensors.
-
-    On CUDA the n updates run eagerly three times, are then recorded as one CUDA graph, and from there on replayed: the
-    same kernels on the same memory without Python between them, so what they return is overwritten by the next call,
-    and step may matter modulo n only. On a CPU they run eagerly. n = 0: update itself.
-    """
-
-    def eager(step):
-        for i in range(n):
-            result = update(step + i)
-        return result
-
-    if n == 0 or generator.device.type != "cuda":
-        return eager if n else update
-    graph, stream, calls, result = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, None
-    graph.register_generator_state(generator)
-
-    def call(step):
-        nonlocal calls, result
-        calls += 1
-        if calls <= 3:  # lazily made states and workspaces come to be outside the graph
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                result = eager(step)
-            torch.cuda.current_stream().wait_stream(stream)
-            return result
-        if calls == 4:
-            with torch.cuda.graph(graph, stream=stream):
-                result = eager(step)  # recorded, not run
-        graph.replay()
-        return result
-
-    return call
-
-
-def make_folder(folder: Path) -> None:
-    """Create the folder; fail where that, or writing in it, is not possible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"{folder}: cannot be created ({error.strerror}); choose another folder")
-    if not os.access(folder, os.W_OK):
-        fail(f"{folder}: cannot be written; choose another folder")
-
-
-def prepare_outputs(args, name: str, outputs: list[Path]) -> Path:
-    """Create the run's folder and those of the outputs; fail where something would be overwritten or not be written."""
-    run_dir = Path(args.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if args.resume is None:
-        if run_dir.is_dir() and any(run_dir.iterdir()):
-            fail(f"--run-dir {run_dir}: not empty; continue it with --resume {run_dir} or choose another folder")
-        for path in outputs:
-            if path.exists() and not args.overwrite:
-                fail(f"{path}: exists already; pass --overwrite to replace it")
-    for folder in [run_dir, *(path.parent for path in outputs)]:
-        make_folder(folder)
-    return run_dir
-
-
-def summarize(returns: list[float]) -> dict:
-    """Mean and std over episodes, for the RESULT line."""
-    mean, std = float(np.mean(returns)), float(np.std(returns))
-    return {"mean": round(mean, 1), "std": round(std, 1), "episodes": len(returns)}
-
-
-def write_returns(run_dir: Path, rows: list, references: dict | None = None) -> None:
-    """returns.csv (step, task, episode, return) and learning_curve.png of rows (step, task, episode returns)."""
-    lines = [("step", "task", "episode", "return")]
-    lines += [(step, task, e, f"{value:.4f}") for step, task, values in rows for e, value in enumerate(values)]
-    text = "\n".join(",".join(map(str, line)) for line in lines) + "\n"
-    write_atomic(run_dir / "returns.csv", lambda file: file.write(text.encode()))
-    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
-    for i, task in enumerate(dict.fromkeys(task for _, task, _ in rows)):
-        steps = [step for step, name, _ in rows if name == task]
-        values = [np.asarray(v) for _, name, v in rows if name == task]
-        mean, std = np.array([v.mean() for v in values]), np.array([v.std() for v in values])
-        axes.plot(steps, mean, f"C{i}", marker="." if len(steps) < 20 else "", label=task)
-        axes.fill_between(steps, mean - std, mean + std, color=f"C{i}", alpha=0.2, lw=0)
-        for name, value in (references or {}).get(task, {}).items():
-            axes.axhline(value, color=f"C{i}", ls="--", label=f"{task} {name}")
-    axes.set(xlabel="step", ylabel="episode return (mean, std over episodes)", xlim=(0, None), ylim=(0, None))
-    axes.legend()
-    axes.grid(alpha=0.3)
-    write_atomic(run_dir / "learning_curve.png", lambda file: figure.savefig(file, format="png", dpi=120))
-
-
-# -------------------------------------------------------------------------------------------------------- environment
-class LockstepEnv:
-    """n environments of one suite task, stepped together.
-
-    The walker runs in mujoco.batch on a thread pool, equal to dm_control bit for bit (tests/test_env.py); every other
-    task in n dm_control environments one after the other. Episodes end by the time limit only, after
-    `episode_length` steps: a timeout, never a termination.
-    """
-
-    def __init__(self, task: str, n: int, threads: int = 0):
-        domain, _, name = task.partition("-")
-        if (domain, name) not in suite.ALL_TASKS:
-            known = sorted(t for d, t in suite.ALL_TASKS if d == domain)
-            hint = f"the tasks of {domain} are {', '.join(known)}" if known else "for example walker-walk, cheetah-run"
-            fail(f"task {task}: expected DOMAIN-TASK of the dm_control suite; {hint}")
-        self.task, self.n = task, n
-        load = partial(suite.load, domain, name, environment_kwargs={"flat_observation": True})
-        self.envs = [load()]
-        action = self.envs[0].action_spec()
-        if not (np.all(action.minimum == -1) and np.all(action.maximum == 1) and np.isfinite(self.envs[0]._step_limit)):
-            fail(f"task {task}: expected actions in [-1, 1] and a time limit, found other bounds or no limit")
-        self.episode_length = int(self.envs[0]._step_limit)
-        self.obs_dim = self.envs[0].observation_spec()["observations"].shape[0]
-        self.action_dim = action.shape[0]
-        self.state_dim = self.envs[0].physics.get_state().shape[0]
-        if task in WALKER_SPEED:
-            self.substeps = self.envs[0]._n_sub_steps
-            self.batch = Batch(self.envs[0].physics.model.ptr, n, nthread=threads, persistent=True)
-            self.arrays = {k: self.batch.bind(k) for k in ("qpos", "qvel", "ctrl", "xmat", "xpos", "sensordata")}
-        else:
-            self.batch = None
-            self.envs += [load() for _ in range(n - 1)]
-
-    def reset(self, seeds) -> np.ndarray:
-        """Start n episodes, the i-th from dm_control's initial state for seeds[i]. Returns observations (n, obs)."""
-        observations = np.empty((self.n, self.obs_dim), np.float32)
-        for i, seed in enumerate(seeds):
-            env = self.envs[0 if self.batch else i]
-            env.task.random.seed(int(seed))
-            observations[i] = env.reset().observation["observations"]
-            if self.batch:
-                data = env.physics.data
-                self.arrays["qpos"][i], self.arrays["qvel"][i] = data.qpos, data.qvel
-                self.batch.qacc_warmstart[i] = data.qacc_warmstart
-        if self.batch:
-            self.batch.forward()
-        return observations
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """actions (n, act) in [-1, 1] -> observations (n, obs) f32, rewards (n,) f32."""
-        if not self.batch:
-            steps = [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
-            observations = np.stack([s.observation["observations"] for s in steps])
-            return observations.astype(np.float32), np.array([s.reward for s in steps], np.float32)
-        self.arrays["ctrl"][:] = actions
-        self.batch.step(nstep=self.substeps, stage=mujoco.mjtStage.mjSTAGE_VEL)  # ends like dm_control, with mj_step1
-        return self.walker_observations(), self.walker_rewards()
-
-    def walker_observations(self) -> np.ndarray:
-        """OrientationsHeightVelocities of dm_control.suite.walker, on arrays: (n, 24) f32."""
-        orientations = self.arrays["xmat"].reshape(self.n, -1, 9)[:, 1:, [0, 2]]  # xx, xz; body 0 is the world
-        height = self.arrays["xpos"].reshape(self.n, -1, 3)[:, 1, 2:]  # body 1 is the torso
-        parts = orientations.reshape(self.n, -1), height, self.arrays["qvel"]
-        return np.concatenate(parts, axis=1).astype(np.float32)
-
-    def walker_rewards(self) -> np.ndarray:
-        """PlanarWalker.get_reward of dm_control.suite.walker, on arrays: (n,) f32."""
-        height = self.arrays["xpos"].reshape(self.n, -1, 3)[:, 1, 2]
-        upright = (1 + self.arrays["xmat"].reshape(self.n, -1, 9)[:, 1, 8]) / 2
-        reward = (3 * rewards.tolerance(height, bounds=(1.2, np.inf), margin=0.6) + upright) / 4
-        if speed := WALKER_SPEED[self.task]:
-            velocity = self.arrays["sensordata"].reshape(self.n, -1)[:, 0]
-            bounds = {"bounds": (speed, np.inf), "margin": speed / 2}
-            move = rewards.tolerance(velocity, **bounds, value_at_margin=0.5, sigmoid="linear")
-            reward = reward * (5 * move + 1) / 6
-        return reward.astype(np.float32)
-
-    def physics_state(self) -> np.ndarray:
-        """physics.get_state() of every environment, (n, state) f64."""
-        if self.batch:
-            return np.concatenate([self.arrays["qpos"], self.arrays["qvel"]], axis=1)
-        return np.stack([env.physics.get_state() for env in self.envs])
-
-
-@torch.no_grad()
-def evaluate(policy, env: LockstepEnv, device: torch.device) -> list[float]:
-    """Episode returns of env.n whole episodes from the fixed initial states; policy: (n, obs) -> (n, act) tensors."""
-    observations, returns = env.reset(EVAL_SEED + np.arange(env.n)), np.zeros(env.n)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # torch's other threads would wait busily on the physics' cores
-    for _ in range(env.episode_length):
-        actions = policy(torch.from_numpy(observations).to(device)).cpu().numpy()
-        observations, reward = env.step(actions)
-        returns += reward
-    torch.set_num_threads(threads)
-    return returns.tolist()
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """of torch.set_float32_matmul_precision: float32, or operands of fewer bits where that is faster (docs/speed.md)"""
+    cuda_graph: bool = False
+    """on CUDA: replay an update as one CUDA graph instead of operation by operation"""
 
 
 # ----------------------------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
-    """Policy, (B, in_dim) -> actions (B, action_dim) in [-1, 1]; layer_norm: the first layer is Linear-LayerNorm-Tanh.
+    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions; of a Gaussian, mean and unscaled log std (gaussian)."""
 
-    log_std: the two bounds of a Gaussian policy's log std; such a policy's mean is its deterministic action.
-    """
-
-    def __init__(self, in_dim: int, action_dim: int, hidden: int, layer_norm: bool = False, log_std=None):
+    def __init__(self, in_dim: int, out_dim: int, hidden: int):
         super().__init__()
-        self.log_std = log_std
-        self.net = nn.Sequential(
-            nn.Linear(in_dim, hidden),
-            *([nn.LayerNorm(hidden), nn.Tanh()] if layer_norm else [nn.ReLU(inplace=True)]),
-            nn.Linear(hidden, hidden),
-            nn.ReLU(inplace=True),
-            nn.Linear(hidden, 2 * action_dim if log_std else action_dim),
-            nn.Tanh(),
-        )
+        layers = [nn.Linear(in_dim, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, hidden), nn.ReLU(inplace=True)]
+        self.net = nn.Sequential(*layers, nn.Linear(hidden, out_dim), nn.Tanh())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net(x).chunk(2, dim=-1)[0] if self.log_std else self.net(x)
-
-    def gaussian(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log std of the diagonal Gaussian, (B, action_dim) each."""
-        mean, unit = self.net(x).chunk(2, dim=-1)
-        low, high = self.log_std
-        return mean, low + (high - low) * (unit + 1) / 2
+        return self.net(x)
 
 
 class Critics(nn.Module):
     """K independent Q-networks with stacked weights, (B, obs_dim), (B, action_dim) -> (K, B)."""
 
-    def __init__(self, k: int, obs_dim: int, action_dim: int, hidden: int, layer_norm: bool = False):
+    def __init__(self, k: int, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        self.layer_norm = layer_norm
-        sizes = [obs_dim + action_dim, hidden, hidden, 1]
-        for j, (n_in, n_out) in enumerate(pairwise(sizes), start=1):
+        for j, (n_in, n_out) in enumerate(pairwise([obs_dim + action_dim, hidden, hidden, 1]), start=1):
             layers = [nn.Linear(n_in, n_out) for _ in range(k)]  # for torch's default initialisation
             self.register_parameter(f"w{j}", nn.Parameter(torch.stack([x.weight.detach().T for x in layers])))
             self.register_parameter(f"b{j}", nn.Parameter(torch.stack([x.bias.detach()[None] for x in layers])))
-        if layer_norm:
-            self.scale, self.shift = nn.Parameter(torch.ones(k, 1, hidden)), nn.Parameter(torch.zeros(k, 1, hidden))
 
-    def network(self, x, w1, b1, w2, b2, w3, b3, scale=None, shift=None):
+    def network(self, x, w1, b1, w2, b2, w3, b3):
         """One critic, (B, in + 1) -> (B,), or all at once, (K, B, in + 1) -> (K, B); the last input is 1."""
-        h = x @ torch.cat([w1, b1], dim=-2)  # the bias as one more row of the weights: no pass of its own
-        if not self.layer_norm:
-            h = h.relu_()
-        elif h.dim() == 2:  # one operation, which takes no scales per critic
-            h = F.layer_norm(h, h.shape[-1:], scale[0], shift[0]).tanh_()
-        else:
-            h = (F.layer_norm(h, h.shape[-1:]) * scale + shift).tanh_()
+        h = (x @ torch.cat([w1, b1], dim=-2)).relu_()  # the bias as one more row of the weights: no pass of its own
         h = (h @ w2).add_(b2).relu_()
         return (h @ w3).add_(b3).squeeze(-1)
 
@@ -447,57 +168,6 @@ class Critics(nn.Module):
         if x.is_cuda:  # one batched product per layer; on a CPU a loop over the critics is faster
             return self.network(x.expand(len(self.w1), *x.shape), *parameters)
         return torch.stack([self.network(x, *weights) for weights in zip(*parameters, strict=True)])
-
-
-# -------------------------------------------------------------------------------------------------------------- files
-def find_file(folder: str, name: str, hint: str) -> Path:
-    """folder/name, else the bundled pretrained/name beside this script (and say so); fail with the hint otherwise."""
-    if (path := Path(folder) / name).is_file():
-        return path
-    if (bundled := Path(__file__).parent / "pretrained" / name).is_file():
-        print(f"{path} is not there: using the bundled pretrained/{name}")
-        return bundled
-    fail(f"{path}: not found, nor in pretrained/; make it with: {hint}")
-
-
-def load_dataset(path, task: str | None = None) -> tuple[dict, dict]:
-    """Read and check a dataset .npz (docs/formats.md) of the task, if given -> (arrays, metadata)."""
-    if not Path(path).is_file():
-        fail(f"{path}: no such dataset; collect one with: python mop_td3_collect.py --task {task or 'TASK'}")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            data = {name: file[name] for name in file.files}
-    except Exception as error:
-        fail(f"{path}: not a readable .npz dataset without pickled objects ({type(error).__name__}); collect it anew")
-    kinds = {"observations": ("f", 2), "actions": ("f", 2), "rewards": ("f", 1), "next_observations": ("f", 2)}
-    kinds |= {"terminals": ("b", 1), "timeouts": ("b", 1), "physics": ("f", 2)}
-    if missing := [name for name in [*kinds, "metadata"] if name not in data]:
-        fail(f"{path}: missing {', '.join(missing)}; expected {', '.join(kinds)} and metadata")
-    try:
-        metadata = json.loads(str(data.pop("metadata")))
-        found = metadata["schema_version"], metadata["task"], float(np.mean(metadata["episode_returns"]))
-    except (ValueError, KeyError, TypeError):
-        fail(f"{path}: metadata: expected JSON text with schema_version, task and episode_returns (docs/formats.md)")
-    if found[0] != SCHEMA_VERSION:
-        fail(f"{path}: expected schema version {SCHEMA_VERSION}, found {found[0]}")
-    if task is not None and found[1] != task:
-        fail(f"{path}: expected data of {task}, found {found[1]}")
-    n = len(data["observations"]) if data["observations"].ndim else 0
-    for name, (kind, ndim) in kinds.items():
-        array = data[name]
-        if array.dtype.kind != kind or array.ndim != ndim:
-            wanted = f"{'float' if kind == 'f' else 'bool'} array with {ndim} dimension(s)"
-            fail(f"{path}: {name}: expected a {wanted}, found {array.dtype} with shape {array.shape}")
-        if len(array) != n or n == 0:
-            fail(f"{path}: {name}: expected {n} rows as in observations (and more than 0), found {len(array)}")
-        if kind == "f" and not np.isfinite(array).all():
-            row = int(np.argmin(np.isfinite(array.reshape(n, -1)).all(axis=1)))
-            fail(f"{path}: {name}: NaN or infinite value, first in row {row}")
-    if data["next_observations"].shape != data["observations"].shape:
-        fail(f"{path}: next_observations: expected shape {data['observations'].shape} as observations")
-    if np.abs(data["actions"]).max() > 1:
-        fail(f"{path}: actions: expected values in [-1, 1], found {np.abs(data['actions']).max():.4g} in size")
-    return data, metadata
 
 
 # ---------------------------------------------------------------------------------------------------------- algorithm
@@ -557,97 +227,69 @@ def add_task(obs: torch.Tensor, task_id: int, onehot: int = 0) -> torch.Tensor:
     return torch.cat([obs, code], dim=1)
 
 
-def act(actor: Actor, task_id: int | None, generator: torch.Generator, obs: torch.Tensor) -> torch.Tensor:
-    """The training policy's actions, (B, obs) -> (B, act): of a Gaussian actor a reparameterised sample, clipped."""
-    x = obs if task_id is None else add_task(obs, task_id)
-    if actor.log_std is None:
-        return actor(x)
-    mean, log_std = actor.gaussian(x)
+def gaussian(output: torch.Tensor, bounds) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log std within the bounds, (B, act) each, of an actor's output (B, 2 act)."""
+    mean, unit = output.chunk(2, dim=-1)
+    low, high = bounds
+    return mean, low + (high - low) * (unit + 1) / 2
+
+
+def act(actor, generator, bounds, task_id: int | None, obs: torch.Tensor) -> torch.Tensor:
+    """The policy's actions in training, (B, obs) -> (B, act); of a Gaussian one a reparameterised sample, clipped."""
+    output = actor(obs if task_id is None else add_task(obs, task_id))
+    if bounds is None:
+        return output
+    mean, log_std = gaussian(output, bounds)
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)
     return (mean + log_std.exp() * noise).clamp(-1, 1)
 
 
 def main():
-    args, point = parse_args(Args)
-
-    # validate before anything is written
-    positive = ["eval_every", "eval_episodes", "final_eval_episodes", "gradient_steps", "learning_rate", "batch_size"]
-    check_numbers(args, *positive, "hidden", "tau", "actor_tau", "policy_frequency", "num_critics", "num_ood")
-    start = point["step"] if point else 0
-    check_cuda_graph(args.cuda_graph, args.policy_frequency, args.eval_every, args.gradient_steps, start)
-    tasks = args.tasks or (args.task,)
-    naive, m = bool(args.tasks), len(tasks)
-    if naive and (m < 2 or len(set(tasks)) < m):
-        fail(f"--tasks: expected two or more distinct tasks (one task: --task), found {', '.join(tasks)}")
-    if len(args.level) not in (1, m) or len(args.data) not in (0, m):
-        fail(f"--level, --data: expected one level or one per task, and one file per task ({', '.join(tasks)})")
-    if args.num_critics < 2:
-        fail(f"--num-critics: expected at least 2 (the uncertainty is their disagreement), found {args.num_critics}")
-    levels = args.level * m if len(args.level) == 1 else args.level
-    device = select_device(args.device, args.threads, args.tf32)
-    eval_envs = [LockstepEnv(task, args.eval_episodes, args.threads) for task in tasks]
-    obs_dim, action_dim = eval_envs[0].obs_dim, eval_envs[0].action_dim
-
-    # data: one row (s, a, r, s', terminal) per transition, on the device
-    columns = [obs_dim, action_dim, 1, obs_dim, 1]
-    names = "observations", "actions", "rewards", "next_observations", "terminals"
-    transitions, behavior_returns = [], {}
-    for i, task in enumerate(tasks):
-        hint = f"python mop_td3_collect.py --task {task}"
-        path = args.data[i] if args.data else find_file("data", f"{task}-{levels[i]}.npz", hint)
-        data, metadata = load_dataset(path, task)
-        found = data["observations"].shape[1], data["actions"].shape[1]
-        if found != (obs_dim, action_dim):
-            fail(f"{path}: expected {obs_dim} observations and {action_dim} actions, found {found}")
-        rows = [data.pop(name).reshape(len(data["timeouts"]), -1) for name in names]
-        transitions.append(torch.from_numpy(np.concatenate(rows, axis=1, dtype=np.float32)).to(device))
-        behavior_returns[task] = {"data": float(np.mean(metadata["episode_returns"]))}
-        del data, rows
-
-    level = "+".join(dict.fromkeys(levels))
-    kind = "naive" if naive else "teacher" if args.actor == "deterministic" else f"teacher-{args.actor}"
+    args, point = parse_args(Args, LAPTOP)
+    device = select_device(args.device, args.threads, args.matmul_precision)
+    tasks, naive, bounds = args.tasks or (args.task,), bool(args.tasks), LOG_STD[args.actor]
+    ids = range(len(tasks)) if naive else [None]  # the task ids that the actor reads
+    envs = [make_envs(task, args.eval_episodes) for task in tasks]
+    obs_dim, action_dim = envs[0][0].observation_spec()["observations"].shape[0], envs[0][0].action_spec().shape[0]
+    tables, references, level, inputs = load_inputs(args, tasks, (obs_dim, action_dim), device)
+    kind = "naive" if naive else "teacher" if bounds is None else f"teacher-{args.actor}"
     output = Path(args.output or f"checkpoints/{'+'.join(tasks)}-{level}-{kind}.pt")
-    run_dir = prepare_outputs(args, f"{Path(__file__).stem}-{output.stem}-seed{args.seed}", [output])
+    run_dir = prepare_outputs(args, f"{output.stem}-seed{args.seed}", [output], inputs)
 
     # networks
-    torch.manual_seed(args.seed)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    sizes = {"in_dim": obs_dim + naive, "action_dim": action_dim, "hidden": args.hidden}
-    options = {"layer_norm": False, "log_std": LOG_STD[args.actor]}
-    actor, target_actor = (Actor(*sizes.values(), **options).to(device) for _ in range(2))
+    name = "+".join(tasks)
+    seed = args.seed if args.common_seed else zlib.crc32(f"{args.seed} teacher {name} from {name}".encode())
+    torch.manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
+    columns = [obs_dim, action_dim, 1, obs_dim, 1]  # (s, a, r, s', terminal)
+    out_dim = action_dim if bounds is None else 2 * action_dim
+    actor, target_actor = (Actor(obs_dim + naive, out_dim, args.hidden).to(device) for _ in range(2))
     critics, target_critics = (
         [Critics(args.num_critics, obs_dim, action_dim, args.hidden).to(device) for _ in tasks] for _ in range(2)
     )
-    target_actor.load_state_dict(actor.state_dict())
     adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=True)
     actor_optimizer, critic_optimizers = adam(actor.parameters()), [adam(c.parameters()) for c in critics]
+    target_actor.load_state_dict(actor.state_dict())
     modules = {"actor": actor, "target_actor": target_actor, "actor_optimizer": actor_optimizer}
-    for i in range(m):
+    for i in range(len(tasks)):
         target_critics[i].load_state_dict(critics[i].state_dict())
         parts = {"critics": critics[i], "target_critics": target_critics[i], "critic_optimizer": critic_optimizers[i]}
         modules |= {f"{name}_{i}" if naive else name: part for name, part in parts.items()}
-
-    # resume
-    rows = point["rows"] if point else []
-    if point is not None:
-        for name, module in modules.items():
-            module.load_state_dict(point[name])
-        generator.set_state(point["generator"])
-
+    start, rows = restore(point, args.gradient_steps, modules, generator, tables)
     count = torch.tensor(float(start), dtype=torch.float64, device=device)  # the step, where a CUDA graph can read it
 
-    def update(step: int) -> dict:
-        """Critics, in every policy_frequency-th step the actor, targets; of one task or (naive) every task in turn."""
+    def update(with_actor: bool) -> dict:
+        """The critics of every task in turn, with_actor the actor after each of them, and the targets."""
         beta_ood = (args.beta_ood * args.beta_ood_decay**count).clamp(min=args.beta_ood_min)
         metrics = {"beta_ood": beta_ood}
         count.add_(1)
-        for i in range(m):
+        for i, task_id in enumerate(ids):
             # sample
-            index = torch.randint(len(transitions[i]), (args.batch_size,), generator=generator, device=device)
-            obs, action, reward, next_obs, terminal = transitions[i][index].split(columns, dim=1)
+            index = torch.randint(len(tables[i]), (args.batch_size,), generator=generator, device=device)
+            obs, action, reward, next_obs, terminal = tables[i][index].split(columns, dim=1)
             target_noise = torch.randn(action.shape, generator=generator, device=device)
             ood_noise = torch.randn(args.num_ood, 2 * len(obs), action_dim, generator=generator, device=device)
-            policy, target_policy = (partial(act, a, i if naive else None, generator) for a in (actor, target_actor))
+            policy, target_policy = (partial(act, a, generator, bounds, task_id) for a in (actor, target_actor))
 
             # critics
             batch, noise = (obs, action, reward.squeeze(1), next_obs, terminal.squeeze(1)), (target_noise, ood_noise)
@@ -659,67 +301,307 @@ def main():
             metrics |= {f"{name}/{tasks[i]}" if naive else name: value for name, value in found.items()}
 
             # actor
-            if step % args.policy_frequency == 0:
+            if with_actor:
                 pi_loss = pbrl_actor_loss(policy, critics[i], obs, action, args.bc_coef)
-                gradients = torch.autograd.grad(pi_loss, list(actor.parameters()))  # none for the critics
-                for parameter, gradient in zip(actor.parameters(), gradients, strict=True):
-                    parameter.grad = gradient
+                actor_optimizer.zero_grad()
+                pi_loss.backward(inputs=list(actor.parameters()))  # none for the critics
                 actor_optimizer.step()
 
             # targets
             with torch.no_grad():
                 torch._foreach_lerp_(list(target_critics[i].parameters()), list(critics[i].parameters()), args.tau)
-                torch._foreach_lerp_(list(target_actor.parameters()), list(actor.parameters()), args.actor_tau)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(target_actor.parameters()), list(actor.parameters()), args.actor_tau)
         return metrics
 
+    updates = {flag: in_cuda_graph(partial(update, flag), args.cuda_graph, generator) for flag in (False, True)}
+    policies = [actor if i is None else partial(lambda i, obs: actor(add_task(obs, i)), i) for i in ids]
     writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
     writer.add_text("hyperparameters", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
     progress = tqdm(total=args.gradient_steps, initial=start, desc=output.stem, unit="step", disable=None)
     clock = time.time()
-    updates, n = in_cuda_graph(update, args.cuda_graph, generator), args.cuda_graph or 1
-    for step in range(start, args.gradient_steps, n):
-        metrics = updates(step)
+    for step in range(start, args.gradient_steps):
+        metrics = updates[step % args.policy_frequency == 0]()
 
         # log, evaluate, save
-        progress.update(n)
-        now = step + n
-        if now % 1000 == 0:
-            for name, value in metrics.items():
-                writer.add_scalar(name, value.item(), now)
-            writer.add_scalar("speed/steps_per_second", (now - start) / (time.time() - clock), now)
-        if now % args.eval_every == 0 or now == args.gradient_steps:
-            texts = []
-            for i, env in enumerate(eval_envs):
-                returns = evaluate(lambda obs: actor(add_task(obs, i) if naive else obs), env, device)
-                rows.append([now, env.task, returns])
-                writer.add_scalar(f"return/{env.task}", float(np.mean(returns)), now)
-                reference = f"data {behavior_returns[env.task]['data']:.1f}"
-                texts.append(f"{env.task} {np.mean(returns):.1f} +- {np.std(returns):.1f} ({reference})")
-            progress.set_postfix({"return": texts[0].split()[1]})
-            values = ", ".join(f"{name} {value.item():.3g}" for name, value in metrics.items())
-            progress.write(f"step {now}: {', '.join(texts)}; {values}")
-            state = {name: module.state_dict() for name, module in modules.items()}
-            state |= {"args": vars(args), "step": now, "rows": rows, "generator": generator.get_state()}
-            write_returns(run_dir, rows, behavior_returns)
-            write_atomic(run_dir / "resume.pt", partial(torch.save, state))
+        progress.update()
+        now = step + 1
+        at_evaluation = now % args.eval_every == 0 or now == args.gradient_steps
+        if now % 1000 == 0 or at_evaluation:
+            speed = {"speed/steps_per_second": (now - start) / (time.time() - clock)}
+            values = log(writer, now, metrics | speed)
+        if at_evaluation:
+            rows += [[now, task, evaluate(policies[i], envs[i], device)] for i, task in enumerate(tasks)]
+            text = write_returns(run_dir, writer, rows, references, len(tasks))
+            progress.write(f"{text}; {', '.join(f'{name} {value:.3g}' for name, value in values.items())}")
+            save_point(run_dir, args, now, modules, generator, tables, rows)
     progress.close()
     writer.close()
 
     # final evaluation, checkpoint
-    final_envs = [LockstepEnv(task, args.final_eval_episodes, args.threads) for task in tasks]
-    returns = {}
-    for i, env in enumerate(final_envs):
-        returns[env.task] = evaluate(lambda obs: actor(add_task(obs, i) if naive else obs), env, device)
-    sizes |= {**options, "obs_dim": obs_dim, "num_critics": args.num_critics}
+    returns = {t: evaluate(policies[i], make_envs(t, args.final_eval_episodes), device) for i, t in enumerate(tasks)}
+    sizes = {"in_dim": obs_dim + naive, "obs_dim": obs_dim, "action_dim": action_dim, "hidden": args.hidden}
+    sizes |= {"num_critics": args.num_critics, "log_std": bounds, "layer_norm": False}
     sizes |= {"task_encoding": "number"} if naive else {}
+    weights = {"critics": [c.state_dict() for c in critics] if naive else critics[0].state_dict()}
+    weights |= {"actor": actor.state_dict()}
     checkpoint = {"schema_version": SCHEMA_VERSION, "kind": kind.split("-")[0], "tasks": list(tasks), "level": level}
-    checkpoint |= {"args": vars(args), "step": args.gradient_steps, "sizes": sizes, "versions": VERSIONS}
-    weights = [c.cpu().state_dict() for c in critics]
-    checkpoint |= {"actor": actor.cpu().state_dict(), "critics": weights if naive else weights[0], "returns": returns}
-    write_atomic(output, partial(torch.save, checkpoint))
-    summary = {t: {**summarize(v), "data": round(behavior_returns[t]["data"], 1)} for t, v in returns.items()}
-    result = {"returns": summary, "files": [str(output)]}
-    print("RESULT", json.dumps({**result, "run_dir": str(run_dir), "seconds": round(time.time() - clock)}))
+    checkpoint |= {"args": vars(args), "step": args.gradient_steps, "sizes": sizes, "returns": returns, **weights}
+    write_atomic(output, partial(torch.save, checkpoint | {"versions": VERSIONS}))
+    result = {"returns": summarize(returns, references), "files": [str(output)], "run_dir": str(run_dir)}
+    print("RESULT", json.dumps(result | {"seconds": round(time.time() - clock)}))
+
+
+# ==================================== the method ends here; below: inputs, evaluation, files, command line, CUDA graph
+def load_inputs(args, tasks, sizes, device):
+    """Check the flags, read the datasets -> (a table (N, s + a + r + s' + terminal) per task, {task: {"data": return}},
+    level in the file names, the files read)."""
+    m, names = len(tasks), ", ".join(tasks)
+    distinct = len(set(tasks)) == m and (m > 1 or not args.tasks)
+    require(distinct, f"--tasks: expected two or more distinct tasks (one task: --task), found {names}")
+    fits = len(args.level) in (1, m) and len(args.data) in (0, m)
+    require(fits, f"--level, --data: expected one level or one per task, and one file per task ({names})")
+    require(args.num_critics > 1, f"--num-critics: expected 2 or more (U is their std), found {args.num_critics}")
+    levels = args.level * m if len(args.level) == 1 else args.level
+    tables, references, paths = [], {}, list(args.data)
+    for i, task in enumerate(tasks):
+        if not args.data:
+            paths.append(find_file("data", f"{task}-{levels[i]}.npz", f"python mop_td3_collect.py --task {task}"))
+        data, metadata = load_dataset(paths[i], task, sizes)
+        rows = [data[k].reshape(len(data["rewards"]), -1) for k in DATASET if k not in ("timeouts", "physics")]
+        tables.append(torch.from_numpy(np.concatenate(rows, axis=1, dtype=np.float32)).to(device))
+        references[task] = {"data": float(np.mean(metadata["episode_returns"]))}
+        del data, rows
+    return tables, references, "+".join(dict.fromkeys(levels)), paths
+
+
+def make_envs(task: str, n: int) -> list:
+    """n dm_control environments of DOMAIN-TASK, with flat observations; fail where the scripts cannot handle it."""
+    domain, _, name = task.partition("-")
+    known = sorted(t for d, t in suite.ALL_TASKS if d == domain)
+    hint = f"the tasks of {domain} are {', '.join(known)}" if known else "for example walker-walk, cheetah-run"
+    require(name in known, f"task {task}: expected DOMAIN-TASK of the dm_control suite; {hint}")
+    envs = [suite.load(domain, name, environment_kwargs={"flat_observation": True}) for _ in range(n)]
+    action = envs[0].action_spec()
+    fits = np.all(action.minimum == -1) and np.all(action.maximum == 1) and np.isfinite(envs[0]._step_limit)
+    require(fits, f"task {task}: expected actions in [-1, 1] and a time limit, found other bounds or no limit")
+    return envs
+
+
+@torch.no_grad()
+def evaluate(policy, envs: list, device: torch.device) -> list[float]:
+    """Return of one episode in each environment, from fixed initial states, all stepped together; policy: (n, obs) ->
+    (n, act or more) tensors, of which a Gaussian policy's mean comes first."""
+    for e, env in enumerate(envs):
+        env.task.random.seed(EVAL_SEED + e)
+    steps, returns, action_dim = [env.reset() for env in envs], np.zeros(len(envs)), envs[0].action_spec().shape[0]
+    while not steps[0].last():  # all episodes have the same time limit
+        obs = torch.from_numpy(np.stack([step.observation["observations"] for step in steps])).float()
+        actions = policy(obs.to(device))[:, :action_dim].cpu().numpy()
+        steps = [env.step(action) for env, action in zip(envs, actions, strict=True)]
+        returns += np.array([step.reward for step in steps], np.float32)
+    return returns.tolist()
+
+
+def require(condition, message: str) -> None:
+    """One clear line on standard error and exit code 1, no traceback, unless the condition holds."""
+    if not condition:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {message}")
+
+
+@contextmanager
+def expecting(what: str, subject):
+    """Whatever fails inside becomes one line: its subject (a file, a flag), what was expected of it, what was found."""
+    try:
+        yield
+    except Exception as error:
+        found = (str(error).splitlines() or [""])[0][:200]
+        require(False, f"{subject}: expected {what}; found {type(error).__name__}: {found}")
+
+
+def find_file(folder: str, name: str, hint: str) -> Path:
+    """folder/name, else the bundled pretrained/name beside this script (and say so); fail with the hint otherwise."""
+    path, bundled = Path(folder) / name, Path(__file__).resolve().parent / "pretrained" / name
+    require(path.is_file() or bundled.is_file(), f"{path}: not found, nor in pretrained/; make it with: {hint}")
+    if not path.is_file():
+        print(f"{path} is not there: using the bundled pretrained/{name}")
+    return path if path.is_file() else bundled
+
+
+def load_dataset(path, task: str | None = None, sizes: tuple | None = None) -> tuple[dict, dict]:
+    """Read and check a dataset .npz (docs/formats.md), of the task and the sizes (obs, act) if given; physics in f64,
+    other numbers in f32 -> (arrays, metadata)."""
+    hint = f"collect one with: python mop_td3_collect.py --task {task or 'TASK'}"
+    require(Path(path).is_file(), f"{path}: no such dataset; {hint}")
+    with expecting(f"a readable .npz dataset of {', '.join(DATASET)} and metadata, without pickled objects", path):
+        file = np.load(path, allow_pickle=False)
+        data, text = {name: file[name] for name in DATASET}, str(file["metadata"])
+    with expecting("metadata of JSON text with schema_version, task and episode_returns (docs/formats.md)", path):
+        metadata = json.loads(text)
+        found = metadata["schema_version"], metadata["task"], np.mean(metadata["episode_returns"])
+        assert np.isfinite(found[2]), "returns that are no finite numbers"
+    require(found[0] == SCHEMA_VERSION, f"{path}: expected schema version {SCHEMA_VERSION}, found {found[0]}")
+    require(task in (None, found[1]), f"{path}: expected data of {task}, found {found[1]}")
+    n = data["rewards"].size
+    for name, (dtype, ndim) in DATASET.items():
+        array, kind = data[name], np.dtype(dtype).kind
+        fits = array.dtype.kind == kind and array.ndim == ndim and len(array) == n and array.size > 0
+        wanted = f"{ndim}-dimensional {'bool' if kind == 'b' else 'float'} array of {n} rows as in rewards, not empty"
+        require(fits, f"{path}: {name}: expected a {wanted}, found {array.dtype} with shape {array.shape}")
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+            data[name] = array.astype(dtype, copy=False)
+        finite = np.isfinite(data[name].reshape(n, -1)).all(axis=1)
+        require(finite.all(), f"{path}: {name}: NaN or infinite value, first in row {finite.argmin()}")
+    shapes = [data[name].shape[1] for name in ("observations", "actions", "next_observations")]
+    found = f"{path}: expected {{}} observations and {{}} actions, next_observations like observations, found {shapes}"
+    require(shapes == [*(sizes or shapes[:2]), shapes[0]], found.format(*(sizes or shapes[:2])))
+    largest = np.abs(data["actions"]).max()
+    require(largest <= 1, f"{path}: actions: expected values in [-1, 1], found {largest:.4g} in size")
+    return data, metadata
+
+
+def write_atomic(path, write) -> None:
+    """Call write(temporary file object beside path), then rename: a reader sees the old file or the whole new one."""
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    try:
+        with expecting("free space and a folder you may write to", path):
+            with open(temporary, "wb") as file:
+                write(file)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_point(run_dir: Path, args, step: int, modules: dict, generator, tables, rows: list, **more) -> None:
+    """Write the run's resume point: everything that restore puts back or compares, and more."""
+    state = {name: module.state_dict() for name, module in modules.items()} | more
+    state |= {"script": Path(__file__).stem, "args": vars(args), "step": step, "rows": rows}
+    state |= {"data_key": [zlib.crc32(table.cpu().numpy()) for table in tables], "generator": generator.get_state()}
+    write_atomic(run_dir / "resume.pt", partial(torch.save, state))
+
+
+def restore(point: dict | None, steps: int, modules: dict, generator, tables) -> tuple[int, list]:
+    """Put a resume point's networks, optimisers and random numbers back -> (steps done, evaluations); None: (0, [])."""
+    if point is None:
+        return 0, []
+    with expecting("a resume point that fits the arguments and the data", "--resume"):
+        key = [zlib.crc32(table.cpu().numpy()) for table in tables]
+        assert key == point["data_key"], "one of other data"
+        assert 0 < point["step"] <= steps, f"{point['step']} steps done of {steps}"
+        for name, module in modules.items():
+            module.load_state_dict(point[name])
+            for parameter, state in getattr(module, "state", {}).items():  # Adam's, whose shapes torch does not check
+                assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape, f"other shapes in {name}"
+        generator.set_state(point["generator"])
+        return point["step"], list(point["rows"])
+
+
+def parse_args(cls, laptop: dict):
+    """Command line -> (arguments, resume point or None); --scale laptop and --resume give the defaults of the flags."""
+    args, point, default = tyro.cli(cls, description=sys.modules[cls.__module__].__doc__), None, cls()
+    if args.resume is not None:
+        path = Path(args.resume) / "resume.pt"
+        require(path.is_file(), f"--resume {args.resume}: expected a run folder with resume.pt in it, found none")
+        with expecting(f"a resume point of {Path(__file__).name}", path):
+            point = torch.load(path, map_location="cpu", weights_only=True)
+            assert point["script"] == Path(__file__).stem, f"one of {point['script']}.py"
+            default = replace(cls(**point["args"]), resume=args.resume, run_dir=args.resume)
+    if args.scale == "laptop":
+        default = replace(default, **laptop, scale="laptop")
+    args = tyro.cli(cls, default=default, description=sys.modules[cls.__module__].__doc__)
+    if args.scale == "laptop":
+        print("--scale laptop:", *(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in laptop))
+    for name, value in vars(args).items():
+        if isinstance(value, int | float):
+            low, high = 0 if name in MAY_BE_ZERO or isinstance(value, bool) else "above 0", LIMITS.get(name, 2**31 - 1)
+            fits = math.isfinite(value) and 0 <= value <= high and (value > 0 or low == 0)
+            require(fits, f"--{name.replace('_', '-')}: expected a number from {low} to {high}, found {value}")
+    return args, point
+
+
+def select_device(device: str, threads: int, matmul_precision: str) -> torch.device:
+    """Set torch's CPU threads (0: all cores) and precision, return the device; fail where cuda is asked and missing."""
+    require(device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA device was found; use --device cpu")
+    torch.set_num_threads(threads or os.cpu_count())
+    torch.set_float32_matmul_precision(matmul_precision)
+    with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(trim_threshold, 2**30)
+        mallopt(mmap_threshold, 2**26)
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def prepare_outputs(args, name: str, outputs: list[Path], inputs: list) -> Path:
+    """Create the run's folder and those of the outputs; fail where something would be overwritten or not be written."""
+    run_dir = Path(args.run_dir or f"runs/{Path(__file__).stem}-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if args.resume is None:
+        hint = f"continue it with --resume {run_dir} or " if (run_dir / "resume.pt").exists() else ""
+        empty = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
+        require(empty, f"--run-dir {run_dir}: expected an empty folder or a new one; {hint}choose another")
+    for path in outputs:
+        require(path.is_file() or not path.exists(), f"{path}: expected a file to write, found something else")
+        free = args.resume is not None or args.overwrite or not path.exists()
+        require(free, f"{path}: exists already; pass --overwrite to replace it")
+        read = any(path.resolve() == Path(other).resolve() for other in inputs)
+        require(not read, f"{path}: is read by this run, which cannot replace it; choose another --output")
+    for folder in [run_dir, *(path.parent for path in outputs)]:
+        with expecting("a folder that can be made and written", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            assert os.access(folder, os.W_OK), "no permission"
+    return run_dir
+
+
+def log(writer: SummaryWriter, step: int, metrics: dict) -> dict:
+    """Write () tensors and numbers to TensorBoard, return them as numbers; stop at one that is NaN or infinite."""
+    values = {name: float(value) for name, value in metrics.items()}
+    for name, value in values.items():
+        hint = "training diverged, the last resume point is from before; try a lower learning rate"
+        require(math.isfinite(value), f"step {step}: {name} is {value}: {hint}")
+        writer.add_scalar(name, value, step)
+    return values
+
+
+def write_returns(run_dir: Path, writer: SummaryWriter, rows: list, references: dict, new: int) -> str:
+    """returns.csv of rows (step, task, episode returns); of the `new` last ones TensorBoard's means, and text."""
+    lines = ["step,task,episode,return"]
+    lines += [f"{step},{task},{e},{value:.4f}" for step, task, values in rows for e, value in enumerate(values)]
+    write_atomic(run_dir / "returns.csv", lambda file: file.write("\n".join([*lines, ""]).encode()))
+    texts = [f"step {rows[-1][0]}:"]
+    for step, task, values in rows[-new:]:
+        writer.add_scalar(f"return/{task}", np.mean(values), step)
+        beside = ", ".join(f"{name} {value:.1f}" for name, value in references.get(task, {}).items())
+        texts.append(f"{task} {np.mean(values):.1f} +- {np.std(values):.1f}{beside and f' ({beside})'}")
+    return " ".join(texts)
+
+
+def summarize(returns: dict, references: dict) -> dict:
+    """Mean and std over episodes beside the references, for the RESULT line."""
+    numbers = {k: {"mean": np.mean(v), "std": np.std(v)} | references.get(k, {}) for k, v in returns.items()}
+    return {k: {n: round(x, 1) for n, x in v.items()} | {"episodes": len(returns[k])} for k, v in numbers.items()}
+
+
+def in_cuda_graph(update, enabled: bool, generator: torch.Generator):
+    """update itself, or if enabled on CUDA a call that replays it as one CUDA graph: the same kernels on the same
+    memory without Python between them, so that what a call returns is overwritten by the next one."""
+    if not enabled or generator.device.type != "cuda":
+        return update
+
+    def calls():
+        graph, side, main = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+        graph.register_generator_state(generator)
+        for _ in range(3):  # run eagerly: lazily made states and workspaces come to be outside the graph
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                result = update()
+            main.wait_stream(side)
+            yield result
+        with torch.cuda.graph(graph, stream=side):
+            result = update()  # recorded, not run
+        while True:
+            graph.replay()
+            yield result
+
+    return calls().__next__
 
 
 if __name__ == "__main__":
