@@ -415,48 +415,41 @@ def expecting(what: str, subject):
     try:
         yield
     except Exception as error:
-        found = (str(error).splitlines() or [""])[0][:200]
-        require(False, f"{subject}: expected {what}; found {type(error).__name__}: {found}")
+        kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+        require(False, f"{subject}: expected {what}; found {kind}{(str(error).splitlines() or [''])[0][:200]}")
 
 
 def find_file(folder: str, name: str, hint: str) -> Path:
     """folder/name, else the bundled pretrained/name beside this script (and say so); fail with the hint otherwise."""
     path, bundled = Path(folder) / name, Path(__file__).resolve().parent / "pretrained" / name
     require(path.is_file() or bundled.is_file(), f"{path}: not found, nor in pretrained/; make it with: {hint}")
-    if not path.is_file():
-        print(f"{path} is not there: using the bundled pretrained/{name}")
-    return path if path.is_file() else bundled
+    if path.is_file():
+        return path
+    print(f"{path} is not there: using the bundled pretrained/{name}")
+    return bundled
 
 
 def load_dataset(path, task: str | None = None, sizes: tuple | None = None) -> tuple[dict, dict]:
-    """Read and check a dataset .npz (docs/formats.md), of the task and the sizes (obs, act) if given; physics in f64,
-    other numbers in f32 -> (arrays, metadata)."""
-    hint = f"collect one with: python mop_td3_collect.py --task {task or 'TASK'}"
-    require(Path(path).is_file(), f"{path}: no such dataset; {hint}")
-    with expecting(f"a readable .npz dataset of {', '.join(DATASET)} and metadata, without pickled objects", path):
+    """Read a dataset .npz and check it, for the task and sizes (obs, act) if given -> (arrays, metadata)."""
+    text = f"a dataset .npz as in docs/formats.md, without pickled objects (mop_td3_collect.py --task {task} makes one)"
+    with expecting(text, path), np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
         file = np.load(path, allow_pickle=False)
-        data, text = {name: file[name] for name in DATASET}, str(file["metadata"])
-    with expecting("metadata of JSON text with schema_version, task and episode_returns (docs/formats.md)", path):
-        metadata = json.loads(text)
-        found = metadata["schema_version"], metadata["task"], np.mean(metadata["episode_returns"])
-        assert np.isfinite(found[2]), "returns that are no finite numbers"
-    require(found[0] == SCHEMA_VERSION, f"{path}: expected schema version {SCHEMA_VERSION}, found {found[0]}")
-    require(task in (None, found[1]), f"{path}: expected data of {task}, found {found[1]}")
-    n = data["rewards"].size
-    for name, (dtype, ndim) in DATASET.items():
-        array, kind = data[name], np.dtype(dtype).kind
-        fits = array.dtype.kind == kind and array.ndim == ndim and len(array) == n and array.size > 0
-        wanted = f"{ndim}-dimensional {'bool' if kind == 'b' else 'float'} array of {n} rows as in rewards, not empty"
-        require(fits, f"{path}: {name}: expected a {wanted}, found {array.dtype} with shape {array.shape}")
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+        data, metadata = {name: file[name] for name in DATASET}, json.loads(str(file["metadata"]))
+        assert metadata["schema_version"] == SCHEMA_VERSION, f"schema version {metadata['schema_version']}"
+        assert task in (None, metadata["task"]), f"data of {metadata['task']}, not of {task}"
+        assert np.isfinite(np.mean(metadata["episode_returns"])), "episode_returns that are no finite numbers"
+        n = data["rewards"].size
+        for name, (dtype, ndim) in DATASET.items():
+            array, kind = data[name], np.dtype(dtype).kind
+            fits = array.dtype.kind == kind and array.ndim == ndim and len(array) == n and array.size > 0
+            assert fits, f"{name}: {array.dtype} with shape {array.shape} (rewards: {n} rows)"
             data[name] = array.astype(dtype, copy=False)
-        finite = np.isfinite(data[name].reshape(n, -1)).all(axis=1)
-        require(finite.all(), f"{path}: {name}: NaN or infinite value, first in row {finite.argmin()}")
-    shapes = [data[name].shape[1] for name in ("observations", "actions", "next_observations")]
-    found = f"{path}: expected {{}} observations and {{}} actions, next_observations like observations, found {shapes}"
-    require(shapes == [*(sizes or shapes[:2]), shapes[0]], found.format(*(sizes or shapes[:2])))
-    largest = np.abs(data["actions"]).max()
-    require(largest <= 1, f"{path}: actions: expected values in [-1, 1], found {largest:.4g} in size")
+            finite = np.isfinite(data[name].reshape(n, -1)).all(axis=1)
+            assert finite.all(), f"{name}: a NaN or infinite value, first in row {finite.argmin()}"
+        found = [data[name].shape[1] for name in ("observations", "actions", "next_observations")]
+        wanted = [*(sizes or found[:2]), *(sizes or found)[:1]]
+        assert found == wanted, f"observations, actions and next_observations of {found} values, not {wanted}"
+        assert np.abs(data["actions"]).max() <= 1, f"actions outside [-1, 1]: {np.abs(data['actions']).max():.4g}"
     return data, metadata
 
 
@@ -485,8 +478,7 @@ def restore(point: dict | None, steps: int, modules: dict, generator, tables) ->
     if point is None:
         return 0, []
     with expecting("a resume point that fits the arguments and the data", "--resume"):
-        key = [zlib.crc32(table.cpu().numpy()) for table in tables]
-        assert key == point["data_key"], "one of other data"
+        assert point["data_key"] == [zlib.crc32(table.cpu().numpy()) for table in tables], "one of other data"
         assert 0 < point["step"] <= steps, f"{point['step']} steps done of {steps}"
         for name, module in modules.items():
             module.load_state_dict(point[name])
@@ -498,17 +490,17 @@ def restore(point: dict | None, steps: int, modules: dict, generator, tables) ->
 
 def parse_args(cls, laptop: dict):
     """Command line -> (arguments, resume point or None); --scale laptop and --resume give the defaults of the flags."""
-    args, point, default = tyro.cli(cls, description=sys.modules[cls.__module__].__doc__), None, cls()
+    text = sys.modules[cls.__module__].__doc__
+    args, point, default = tyro.cli(cls, description=text), None, cls()
     if args.resume is not None:
         path = Path(args.resume) / "resume.pt"
-        require(path.is_file(), f"--resume {args.resume}: expected a run folder with resume.pt in it, found none")
-        with expecting(f"a resume point of {Path(__file__).name}", path):
+        with expecting(f"a run folder with a resume point of {Path(__file__).name}", f"--resume {args.resume}"):
             point = torch.load(path, map_location="cpu", weights_only=True)
             assert point["script"] == Path(__file__).stem, f"one of {point['script']}.py"
             default = replace(cls(**point["args"]), resume=args.resume, run_dir=args.resume)
     if args.scale == "laptop":
         default = replace(default, **laptop, scale="laptop")
-    args = tyro.cli(cls, default=default, description=sys.modules[cls.__module__].__doc__)
+    args = tyro.cli(cls, default=default, description=text)
     if args.scale == "laptop":
         print("--scale laptop:", *(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in laptop))
     for name, value in vars(args).items():
@@ -531,20 +523,20 @@ def select_device(device: str, threads: int, matmul_precision: str) -> torch.dev
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def prepare_outputs(args, name: str, outputs: list[Path], inputs: list) -> Path:
-    """Create the run's folder and those of the outputs; fail where something would be overwritten or not be written."""
+def prepare_outputs(args, name: str | None, outputs: list[Path], inputs: list) -> Path:
+    """Make the run's folder (if named) and those of the outputs; fail where something would be lost or not written."""
     run_dir = Path(args.run_dir or f"runs/{Path(__file__).stem}-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if args.resume is None:
+    if args.resume is None and name:
         hint = f"continue it with --resume {run_dir} or " if (run_dir / "resume.pt").exists() else ""
         empty = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
         require(empty, f"--run-dir {run_dir}: expected an empty folder or a new one; {hint}choose another")
     for path in outputs:
-        require(path.is_file() or not path.exists(), f"{path}: expected a file to write, found something else")
         free = args.resume is not None or args.overwrite or not path.exists()
         require(free, f"{path}: exists already; pass --overwrite to replace it")
-        read = any(path.resolve() == Path(other).resolve() for other in inputs)
-        require(not read, f"{path}: is read by this run, which cannot replace it; choose another --output")
-    for folder in [run_dir, *(path.parent for path in outputs)]:
+        usable = path.is_file() or not path.exists()
+        usable = usable and path.resolve() not in [Path(other).resolve() for other in inputs]
+        require(usable, f"{path}: expected a file that this run may write, found one of its inputs or no plain file")
+    for folder in [*([run_dir] if name else []), *(path.parent for path in outputs)]:
         with expecting("a folder that can be made and written", folder):
             folder.mkdir(parents=True, exist_ok=True)
             assert os.access(folder, os.W_OK), "no permission"
@@ -587,13 +579,13 @@ def in_cuda_graph(update, enabled: bool, generator: torch.Generator):
         return update
 
     def calls():
-        graph, side, main = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         graph.register_generator_state(generator)
         for _ in range(3):  # run eagerly: lazily made states and workspaces come to be outside the graph
-            side.wait_stream(main)
+            torch.cuda.synchronize()
             with torch.cuda.stream(side):
                 result = update()
-            main.wait_stream(side)
+            torch.cuda.synchronize()
             yield result
         with torch.cuda.graph(graph, stream=side):
             result = update()  # recorded, not run

@@ -93,8 +93,6 @@ class Args:
     """step at which the policy is the medium one; a multiple of --eval-every"""
     medium_return: float | None = None
     """instead of --medium-step: the evaluated policy closest to this return, up to the first one that reaches it"""
-    expert_return: float | None = None
-    """stop training at the first evaluation that reaches this return (and the medium level)"""
     overwrite: bool = False
     """replace output files that exist"""
     # algorithm
@@ -204,12 +202,6 @@ def medium_so_far(rows: list, args) -> tuple[int | None, bool]:
     return min(reversed(candidates), key=distances.__getitem__), bool(reached)
 
 
-def may_stop(rows: list, args) -> bool:
-    """Whether the last evaluation reached --expert-return, and the medium policy is known."""
-    reached = bool(rows) and args.expert_return is not None and np.mean(rows[-1][2]) >= args.expert_return
-    return reached and medium_so_far(rows, args)[1]
-
-
 def collect(policy, env, seeds, plain: int, mix: str, generator, device) -> dict:
     """One episode per seed of the initial state, by `policy` the first `plain` ones, then by its mix (thesis 5.2.4).
 
@@ -268,9 +260,8 @@ def main():
     torch.manual_seed(seed)
     generator = torch.Generator(device).manual_seed(seed)
     sizes = env.obs_dim, env.action_dim, args.hidden
-    actor, critics, target_actor, target_critics = (
-        network.to(device) for _ in range(2) for network in (Actor(*sizes, True), Critics(2, *sizes))
-    )
+    actor, critics = Actor(*sizes, True).to(device), Critics(2, *sizes).to(device)
+    target_actor, target_critics = Actor(*sizes, True).to(device), Critics(2, *sizes).to(device)
     target_actor.load_state_dict(actor.state_dict())
     target_critics.load_state_dict(critics.state_dict())
     adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=True)
@@ -293,10 +284,8 @@ def main():
         """The critics, with_actor also the actor and all targets."""
         index = torch.rand(args.batch_size, generator=generator, dtype=torch.float64, device=device) * filled
         obs, action, reward, next_obs = replay[index.long()].split(columns, dim=1)
-        batch, noise = (
-            (obs, action, reward.squeeze(1), next_obs),
-            torch.randn(action.shape, generator=generator, device=device),
-        )
+        batch = obs, action, reward.squeeze(1), next_obs
+        noise = torch.randn(action.shape, generator=generator, device=device)
         q_loss = td3_critic_loss(critics, target_critics, target_actor, batch, noise, args)
         critic_optimizer.zero_grad()
         q_loss.backward()
@@ -319,12 +308,8 @@ def main():
     clock, metrics = time.time(), {}
     for step in range(start, total):
         if step % length == 0:
-            if may_stop(rows, args):
-                break
-            obs, episode_return = (
-                env.reset([zlib.crc32(f"{args.seed} {task} {step // length}".encode()) % EVAL_SEED]),
-                0.0,
-            )
+            obs = env.reset([zlib.crc32(f"{args.seed} {task} {step // length}".encode()) % EVAL_SEED])
+            episode_return = 0.0
 
         # act
         if step < args.learning_starts:
@@ -377,7 +362,7 @@ def main():
         checkpoint |= {"args": vars(args), **policy, "sizes": sizes, "returns": {task: returns[f"{task} {level}"]}}
         write_atomic(checkpoints[level], partial(torch.save, checkpoint | {"versions": VERSIONS}))
         if level in datasets:
-            collect_dataset(datasets[level], actor, args, task, level, "online", checkpoints[level].name, device)
+            collect_dataset(checkpoints[level], "online", datasets[level], args, device)
     if "medium-replay" in datasets and "medium" in policies:
         n, names = medium["step"], ("observations", "actions", "rewards", "next_observations")
         parts = np.split(replay_file[:n], np.cumsum(columns)[:-1], axis=1)
@@ -409,26 +394,22 @@ def check_inputs(args, length: int) -> tuple[dict, dict, Path]:
 
 def collect_only(args, device) -> None:
     """--policy: roll out one checkpoint and write one dataset."""
-    checkpoint = load_checkpoint(args.policy, ("behavior", "teacher"))
-    actor = load_actor(checkpoint, args.policy).to(device)
-    task, level, stem = checkpoint["tasks"][0], checkpoint["level"], Path(args.policy).stem.removesuffix("-behavior")
-    mix = "" if args.mix == "online" and checkpoint["kind"] == "behavior" else f"-{args.mix}"
-    path = Path(args.output or f"data/{stem}{mix}.npz")
+    stem, plain = Path(args.policy).stem, args.mix == "online" and args.policy.endswith("-behavior.pt")
+    path = Path(args.output or f"data/{stem.removesuffix('-behavior')}{'' if plain else '-' + args.mix}.npz")
     prepare_outputs(args, None, [path], [args.policy])
-    returns = collect_dataset(path, actor, args, task, level, args.mix, Path(args.policy).name, device)
-    print("RESULT", json.dumps({"returns": summarize({task: returns}, {}), "files": [str(path)]}))
+    returns = collect_dataset(args.policy, args.mix, path, args, device)
+    print("RESULT", json.dumps({"returns": summarize(returns, {}), "files": [str(path)]}))
 
 
-def collect_dataset(path, actor, args, task: str, level: str, mix: str, policy: str, device) -> list[float]:
-    """Collect num_transitions and write them as a dataset -> the episode returns."""
-    n, share = args.num_transitions, PLAIN_ONE_IN[mix]
-    length = int(make_envs(task, 1)[0]._step_limit)
+def collect_dataset(policy, mix: str, path: Path, args, device) -> dict:
+    """Roll out a checkpoint's policy and write num_transitions rows as a dataset -> {task: episode returns}."""
+    checkpoint = load_checkpoint(policy, ("behavior", "teacher"))
+    actor, task, level = load_actor(checkpoint, policy).to(device), checkpoint["tasks"][0], checkpoint["level"]
+    n, share, length = args.num_transitions, PLAIN_ONE_IN[mix], int(make_envs(task, 1)[0]._step_limit)
     wanted = f"a multiple of {share * length}, so that one episode in {share} is by the plain policy"
     require(share == 1 or n % (share * length) == 0, f"--num-transitions: expected {wanted} (--mix {mix}), found {n}")
-    episodes, generator = (
-        -(-n // length),
-        np.random.default_rng([args.seed, zlib.crc32(f"{task} {level} {mix}".encode())]),
-    )
+    episodes = -(-n // length)
+    generator = np.random.default_rng([args.seed, zlib.crc32(f"{task} {level} {mix}".encode())])
     env, seeds = (
         LockstepEnv(task, min(args.num_envs, episodes), args.threads),
         generator.integers(EVAL_SEED, size=episodes),
@@ -436,7 +417,8 @@ def collect_dataset(path, actor, args, task: str, level: str, mix: str, policy: 
     arrays = collect(actor, env, seeds, episodes // share, mix, generator, device)
     arrays = {name: array[:n] for name, array in arrays.items()}
     arrays["timeouts"][-1] = True  # where the last episode is cut short
-    return save_dataset(path, arrays, args, task, level, mix=mix, policy=policy, policy_episodes=episodes // share)
+    source = {"mix": mix, "policy": Path(policy).name, "policy_episodes": episodes // share}
+    return {task: save_dataset(path, arrays, args, task, level, **source)}
 
 
 def save_dataset(path, arrays: dict, args, task: str, level: str, **source) -> list[float]:
@@ -466,41 +448,39 @@ def map_file(path: Path, dtype, shape: tuple, rows: int) -> np.ndarray:
 
 
 class LockstepEnv:
-    """n environments of one suite task, stepped together.
+    """n environments of one suite task, stepped together; an episode ends by the time limit alone, a timeout.
 
-    The walker runs in mujoco.batch on a thread pool, equal to dm_control bit for bit (tests/test_env.py); every other
-    task in n dm_control environments one after the other. Episodes end by the time limit only, after
-    `episode_length` steps: a timeout, never a termination.
+    The walker runs in mujoco.batch on a thread pool, equal to dm_control bit for bit (tests/test_env.py), every other
+    task in n dm_control environments one after the other.
     """
 
     def __init__(self, task: str, n: int, threads: int = 0):
-        self.task, self.n, self.batch = task, n, None
-        self.envs = make_envs(task, 1 if task in WALKER_SPEED else n)
-        physics, spec = self.envs[0].physics, self.envs[0].observation_spec()["observations"]
-        self.obs_dim, self.action_dim = spec.shape[0], self.envs[0].action_spec().shape[0]
-        self.state_dim, self.episode_length = len(physics.get_state()), int(self.envs[0]._step_limit)
+        self.task, self.n, self.envs = task, n, make_envs(task, 1 if task in WALKER_SPEED else n)
+        env = self.envs[0]
+        self.obs_dim, self.action_dim = env.observation_spec()["observations"].shape[0], env.action_spec().shape[0]
+        self.state_dim, self.episode_length = len(env.physics.get_state()), int(env._step_limit)
         if task in WALKER_SPEED:
-            self.batch = Batch(physics.model.ptr, n, nthread=threads, persistent=True)
+            self.batch = Batch(env.physics.model.ptr, n, nthread=threads, persistent=True)
             self.arrays = {k: self.batch.bind(k) for k in ("qpos", "qvel", "ctrl", "xmat", "xpos", "sensordata")}
 
     def reset(self, seeds) -> np.ndarray:
-        """Start n episodes, the i-th from dm_control's initial state for seeds[i]. Returns observations (n, obs)."""
-        observations = np.empty((self.n, self.obs_dim), np.float32)
+        """Start n episodes, the i-th from dm_control's initial state for seeds[i] -> observations (n, obs) f32."""
+        observations = []
         for i, seed in enumerate(seeds):
-            env = self.envs[0 if self.batch else i]
+            env = self.envs[i % len(self.envs)]
             env.task.random.seed(int(seed))
-            observations[i] = env.reset().observation["observations"]
-            if self.batch:
+            observations.append(env.reset().observation["observations"])
+            if self.task in WALKER_SPEED:
                 data = env.physics.data
                 self.arrays["qpos"][i], self.arrays["qvel"][i] = data.qpos, data.qvel
                 self.batch.qacc_warmstart[i] = data.qacc_warmstart
-        if self.batch:
+        if self.task in WALKER_SPEED:
             self.batch.forward()
-        return observations
+        return np.array(observations, np.float32)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """actions (n, act) in [-1, 1] -> observations (n, obs) f32, rewards (n,) f32, physics states (n, state)."""
-        if not self.batch:
+        if self.task not in WALKER_SPEED:
             steps = [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
             observations = np.stack([s.observation["observations"] for s in steps]).astype(np.float32)
             states = np.stack([env.physics.get_state() for env in self.envs])
@@ -545,16 +525,14 @@ def expecting(what: str, subject):
     try:
         yield
     except Exception as error:
-        found = (str(error).splitlines() or [""])[0][:200]
-        require(False, f"{subject}: expected {what}; found {type(error).__name__}: {found}")
+        kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+        require(False, f"{subject}: expected {what}; found {kind}{(str(error).splitlines() or [''])[0][:200]}")
 
 
 def load_checkpoint(path, kinds: tuple[str, ...], task: str | None = None) -> dict:
-    """Read and check a checkpoint (docs/formats.md) of one of the kinds, and of the task if given."""
-    require(Path(path).is_file(), f"{path}: no such checkpoint")
+    """Read a checkpoint (docs/formats.md) and check it, of one of the kinds, and of the task if given."""
     with expecting("a readable checkpoint of these scripts, without pickled objects (those are refused)", path):
-        with zipfile.ZipFile(path) as archive:  # torch.load does not compare its check sums
-            assert archive.testzip() is None, "damaged bytes"
+        assert zipfile.ZipFile(path).testzip() is None, "damaged bytes"  # torch.load does not compare check sums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"schema_version", "kind", "tasks", "args", "step", "sizes", "actor", "returns"} - checkpoint.keys()
         assert not missing, f"none of {', '.join(sorted(missing))}"
@@ -603,8 +581,7 @@ def restore(point: dict | None, steps: int, modules: dict, generator, tables) ->
     if point is None:
         return 0, []
     with expecting("a resume point that fits the arguments and the data", "--resume"):
-        key = [zlib.crc32(table.cpu().numpy()) for table in tables]
-        assert key == point["data_key"], "one of other data"
+        assert point["data_key"] == [zlib.crc32(table.cpu().numpy()) for table in tables], "one of other data"
         assert 0 < point["step"] <= steps, f"{point['step']} steps done of {steps}"
         for name, module in modules.items():
             module.load_state_dict(point[name])
@@ -616,17 +593,17 @@ def restore(point: dict | None, steps: int, modules: dict, generator, tables) ->
 
 def parse_args(cls, laptop: dict):
     """Command line -> (arguments, resume point or None); --scale laptop and --resume give the defaults of the flags."""
-    args, point, default = tyro.cli(cls, description=sys.modules[cls.__module__].__doc__), None, cls()
+    text = sys.modules[cls.__module__].__doc__
+    args, point, default = tyro.cli(cls, description=text), None, cls()
     if args.resume is not None:
         path = Path(args.resume) / "resume.pt"
-        require(path.is_file(), f"--resume {args.resume}: expected a run folder with resume.pt in it, found none")
-        with expecting(f"a resume point of {Path(__file__).name}", path):
+        with expecting(f"a run folder with a resume point of {Path(__file__).name}", f"--resume {args.resume}"):
             point = torch.load(path, map_location="cpu", weights_only=True)
             assert point["script"] == Path(__file__).stem, f"one of {point['script']}.py"
             default = replace(cls(**point["args"]), resume=args.resume, run_dir=args.resume)
     if args.scale == "laptop":
         default = replace(default, **laptop, scale="laptop")
-    args = tyro.cli(cls, default=default, description=sys.modules[cls.__module__].__doc__)
+    args = tyro.cli(cls, default=default, description=text)
     if args.scale == "laptop":
         print("--scale laptop:", *(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in laptop))
     for name, value in vars(args).items():
@@ -649,20 +626,20 @@ def select_device(device: str, threads: int, matmul_precision: str) -> torch.dev
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def prepare_outputs(args, name: str, outputs: list[Path], inputs: list) -> Path:
-    """Create the run's folder and those of the outputs; fail where something would be overwritten or not be written."""
+def prepare_outputs(args, name: str | None, outputs: list[Path], inputs: list) -> Path:
+    """Make the run's folder (if named) and those of the outputs; fail where something would be lost or not written."""
     run_dir = Path(args.run_dir or f"runs/{Path(__file__).stem}-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if args.resume is None:
+    if args.resume is None and name:
         hint = f"continue it with --resume {run_dir} or " if (run_dir / "resume.pt").exists() else ""
         empty = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
         require(empty, f"--run-dir {run_dir}: expected an empty folder or a new one; {hint}choose another")
     for path in outputs:
-        require(path.is_file() or not path.exists(), f"{path}: expected a file to write, found something else")
         free = args.resume is not None or args.overwrite or not path.exists()
         require(free, f"{path}: exists already; pass --overwrite to replace it")
-        read = any(path.resolve() == Path(other).resolve() for other in inputs)
-        require(not read, f"{path}: is read by this run, which cannot replace it; choose another --output")
-    for folder in [run_dir, *(path.parent for path in outputs)]:
+        usable = path.is_file() or not path.exists()
+        usable = usable and path.resolve() not in [Path(other).resolve() for other in inputs]
+        require(usable, f"{path}: expected a file that this run may write, found one of its inputs or no plain file")
+    for folder in [*([run_dir] if name else []), *(path.parent for path in outputs)]:
         with expecting("a folder that can be made and written", folder):
             folder.mkdir(parents=True, exist_ok=True)
             assert os.access(folder, os.W_OK), "no permission"
@@ -705,13 +682,13 @@ def in_cuda_graph(update, enabled: bool, generator: torch.Generator):
         return update
 
     def calls():
-        graph, side, main = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         graph.register_generator_state(generator)
         for _ in range(3):  # run eagerly: lazily made states and workspaces come to be outside the graph
-            side.wait_stream(main)
+            torch.cuda.synchronize()
             with torch.cuda.stream(side):
                 result = update()
-            main.wait_stream(side)
+            torch.cuda.synchronize()
             yield result
         with torch.cuda.graph(graph, stream=side):
             result = update()  # recorded, not run
