@@ -357,7 +357,7 @@ def main():
     envs = [make_envs(task, args.eval_episodes) for task in tasks]
     obs_dim, action_dim = envs[0][0].observation_spec()["observations"].shape[0], envs[0][0].action_spec().shape[0]
     onehot = m if args.task_encoding == "onehot" else 0
-    tables, rewards_of, jobs, run_dir = load_inputs(args, (obs_dim, action_dim), device)
+    tables, jobs, run_dir = load_inputs(args, (obs_dim, action_dim), device)
     output, levels = Path(args.output or run_dir / "student.pt"), [args.level[i % len(args.level)] for i in range(m)]
     obs = torch.cat([table[:, :obs_dim] for table in tables])  # the union's states
 
@@ -365,24 +365,29 @@ def main():
     writer = SummaryWriter(run_dir)
     writer.add_text("hyperparameters", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
     clock, rows, phase = time.time(), list(point["rows"]) if point else [], point["phase"] if point else 0
-    teachers, references, columns = [], {}, [obs_dim + action_dim, obs_dim + 1]
-    for number, (i, sources, path, trained) in enumerate(jobs):
-        label = f"{tasks[i]} from {tasks[sources[0]]}"
+    teachers, references = [], {task: {} for task in tasks}
+    sizes = {"in_dim": obs_dim, "obs_dim": obs_dim, "action_dim": action_dim, "layer_norm": False, "log_std": None}
+    for number, (i, label, sources, level, path, trained) in enumerate(jobs):
         if trained and phase <= number:
-            parts = [[*tables[j].split(columns, dim=1), rewards_of[j][i]] for j in sources]
-            transitions = torch.cat([torch.cat([sa, r, s2], dim=1) for sa, s2, r in parts])  # (s, a, r, s', terminal)
-            seed = f"{args.seed} teacher {tasks[i]} from {'+'.join(sorted(tasks[j] for j in sources))}"
-            seed = args.seed if args.common_seed else zlib.crc32(seed.encode())
+            names, n = [tasks[j] for j in sources], obs_dim + action_dim
+            columns = [*range(n), n + i, *range(n + m, tables[0].shape[1])]  # (s, a, r_i, s', terminal)
+            transitions = torch.cat([tables[j][:, columns] for j in sources])
+            seed = zlib.crc32(f"{args.seed} teacher {tasks[i]} from {'+'.join(sorted(names))}".encode())
             this_point = point if point and phase == number else None
-            place = run_dir, writer, rows, number
-            actor, critics = train_teacher(label, seed, transitions, envs[i], args, device, this_point, place)
+            seed, place = args.seed if args.common_seed else seed, (run_dir, writer, rows, number)
+            name = f"{tasks[i]} {label}"
+            actor, critics = train_teacher(name, seed, transitions, envs[i], args, device, this_point, place)
             returns = evaluate(actor, make_envs(tasks[i], args.final_eval_episodes), device)
-            save_teacher(path, actor, critics, tasks[i], levels[sources[0]], [tasks[j] for j in sources], returns, args)
-            del parts, transitions
+            checkpoint = {"schema_version": SCHEMA_VERSION, "kind": "teacher", "tasks": [tasks[i]], "level": level}
+            checkpoint |= {"args": vars(args), "step": args.teacher_steps, "data_tasks": names, "versions": VERSIONS}
+            checkpoint["sizes"] = sizes | {"hidden": args.teacher_hidden, "num_critics": args.num_critics}
+            checkpoint |= {"actor": actor.state_dict(), "critics": critics.state_dict(), "returns": {tasks[i]: returns}}
+            write_atomic(path, partial(torch.save, checkpoint))
+            del transitions
         actor, critics, returns = load_teacher(path, tasks[i], (obs_dim, action_dim), device)
         teachers.append((actor, critics))
-        references.setdefault(tasks[i], {})[f"from {tasks[sources[0]]}"] = float(np.mean(returns))
-        print(f"{label}: {path}, return {np.mean(returns):.1f} +- {np.std(returns):.1f}")
+        references[tasks[i]][label] = float(np.mean(returns))
+        print(f"{tasks[i]} {label}: {path}, return {np.mean(returns):.1f} +- {np.std(returns):.1f}")
 
     # what the student is to do in every state, for every task: the switch, once, as the teachers are frozen
     parts, switch = [], {}  # task -> source of the states -> share of them that each teacher wins
@@ -446,61 +451,59 @@ def main():
 
     # final evaluation, checkpoint
     returns = {t: evaluate(policies[i], make_envs(t, args.final_eval_episodes), device) for i, t in enumerate(tasks)}
-    sizes = {"in_dim": in_dim, "obs_dim": obs_dim, "action_dim": action_dim, "hidden": args.hidden, "log_std": None}
-    sizes |= {"layer_norm": False, "task_encoding": args.task_encoding}
+    sizes |= {"in_dim": in_dim, "hidden": args.hidden, "task_encoding": args.task_encoding}
     checkpoint = {"schema_version": SCHEMA_VERSION, "kind": "student", "tasks": list(tasks), "level": levels}
     checkpoint |= {"args": vars(args), "step": args.gradient_steps, "sizes": sizes, "returns": returns}
     checkpoint |= {"actor": student.state_dict(), "versions": VERSIONS, "switch": switch}
     write_atomic(output, partial(torch.save, checkpoint))
-    files = [output, *(path for _, _, path, trained in jobs if trained), run_dir / "returns.csv"]
+    files = [output, *(path for *_, path, trained in jobs if trained), run_dir / "returns.csv"]
     result = {"returns": summarize(returns, references), "files": [str(path) for path in files], "switch": switch}
     print("RESULT", json.dumps(result | {"run_dir": str(run_dir), "seconds": round(time.time() - clock)}))
 
 
 # ==================================== the method ends here; below: inputs, evaluation, files, command line, CUDA graph
 def load_inputs(args, sizes: tuple, device):
-    """Check the flags, read the datasets -> (table of rows (s, a, s', terminal) per dataset j, its rewards (N, 1) under
-    every task i [j][i], jobs (task, whose data its teacher learns from, the teacher's file, whether it is trained
-    here), the run's folder)."""
+    """Check the flags, read the datasets -> (a table of rows (s, a, reward under every task, s', terminal) per dataset,
+    jobs (task, name, whose data it learns from, level, file, whether it is trained here) per teacher, run folder)."""
     tasks, m = args.tasks, len(args.tasks)
     fits = m > 1 and len(set(tasks)) == m and len({task.partition("-")[0] for task in tasks}) == 1
     require(fits, f"--tasks: expected two or more distinct tasks of one domain, found {', '.join(tasks)}")
     fits = len(args.level) in (1, m) and len(args.data) in (0, m)
     require(fits, f"--level, --data: expected one level or one per task, and one file per task ({', '.join(tasks)})")
     require(args.num_critics > 1, f"--num-critics: expected 2 or more (U is their std), found {args.num_critics}")
-    names = [f"{task}-{args.level[i % len(args.level)]}" for i, task in enumerate(tasks)]
+    levels = [args.level[i % len(args.level)] for i in range(m)]
+    names = [f"{task}-{level}" for task, level in zip(tasks, levels, strict=True)]
     wanted = f"{m} files (each task's own teacher) or {m * m} (task i from the data of j)"
     require(len(args.teachers) in (0, m, m * m), f"--teachers: expected {wanted}, found {len(args.teachers)}")
-    hint = "python mop_pbrl_teacher.py (or pass --teachers train ... to train it here); for --task"
-    files = list(args.teachers) or [
-        find_file("checkpoints", f"{name}-teacher.pt", f"{hint} {t}") for name, t in zip(names, tasks, strict=True)
-    ]
-    if len(files) == m:
-        files = [files[i] if i == j else "train" for i in range(m) for j in range(m)]
+    hint = "python mop_pbrl_teacher.py --task TASK; or pass --teachers train ... to train it here"
+    files = args.teachers or [find_file("checkpoints", f"{n}-teacher.pt", hint) for n in names]
+    files = [files[i] if i == j else "train" for i in range(m) for j in range(m)] if len(files) == m else files
     jobs = []
     for (i, j), path in zip(product(range(m), repeat=2), files, strict=True):
-        trained = Path(f"checkpoints/{tasks[i]}-from-{names[j]}-teacher.pt")
-        jobs.append((i, [j], trained if path == "train" else path, path == "train"))
+        path, trained = (
+            Path(f"checkpoints/{tasks[i]}-from-{names[j]}-teacher.pt") if path == "train" else path,
+            path == "train",
+        )
+        jobs.append((i, f"from {tasks[j]}", [j], levels[j], path, trained))
     hint = "python mop_td3_collect.py --task"
     paths = list(args.data) or [find_file("data", f"{n}.npz", f"{hint} {t}") for n, t in zip(names, tasks, strict=True)]
     datasets = [load_dataset(path, task, sizes)[0] for path, task in zip(paths, tasks, strict=True)]
-    for i, _, path, trained in jobs:
+    for i, *_, path, trained in jobs:
         if not trained:
             load_teacher(path, tasks[i], sizes, device)
     outputs = [path for *_, path, trained in jobs if trained] + ([Path(args.output)] if args.output else [])
     inputs = paths + [path for *_, path, trained in jobs if not trained]
     name = f"{args.hidden}-{'+'.join(dict.fromkeys(args.level))}-seed{args.seed}"
     run_dir = prepare_outputs(args, name, outputs, inputs)
-    tables, rewards_of = [], []
+    tables = []
     for j, (path, data) in enumerate(zip(paths, datasets, strict=True)):
         rewards = [data["rewards"] if task == tasks[j] else relabel(path, data, task) for task in tasks]
-        rewards_of.append([torch.from_numpy(reward)[:, None].to(device) for reward in rewards])
-        columns = [data[name] for name in ("observations", "actions", "next_observations", "terminals")]
-        columns = [column.reshape(len(data["rewards"]), -1) for column in columns]
-        tables.append(torch.from_numpy(np.concatenate(columns, axis=1, dtype=np.float32)).to(device))
+        rows = [data["observations"], data["actions"], *rewards, data["next_observations"], data["terminals"]]
+        rows = [row.reshape(len(data["rewards"]), -1) for row in rows]
+        tables.append(torch.from_numpy(np.concatenate(rows, axis=1, dtype=np.float32)).to(device))
         means = ", ".join(f"{reward.mean():.3f} as {task}" for reward, task in zip(rewards, tasks, strict=True))
         print(f"task {j}: {tasks[j]}, {len(tables[j])} transitions, mean reward {means}")
-    return tables, rewards_of, jobs, run_dir
+    return tables, jobs, run_dir
 
 
 def relabel(path, data: dict, task: str) -> np.ndarray:
@@ -527,22 +530,11 @@ def load_teacher(path, task: str, sizes: tuple, device):
     return actor, critics, checkpoint["returns"][task]
 
 
-def save_teacher(path, actor, critics, task, level, sources, returns, args) -> None:
-    """Write a teacher's checkpoint (docs/formats.md); sources: the tasks whose data it learned from."""
-    sizes = {"in_dim": actor.net[0].in_features, "obs_dim": actor.net[0].in_features, "hidden": args.teacher_hidden}
-    sizes |= {"action_dim": actor.net[-2].out_features, "layer_norm": False, "log_std": None}
-    checkpoint = {"schema_version": SCHEMA_VERSION, "kind": "teacher", "tasks": [task], "level": level}
-    checkpoint |= {"args": vars(args), "step": args.teacher_steps, "sizes": {**sizes, "num_critics": args.num_critics}}
-    checkpoint |= {"actor": actor.state_dict(), "critics": critics.state_dict(), "returns": {task: returns}}
-    write_atomic(path, partial(torch.save, {**checkpoint, "data_tasks": list(sources), "versions": VERSIONS}))
-
-
 def make_envs(task: str, n: int) -> list:
     """n dm_control environments of DOMAIN-TASK, with flat observations; fail where the scripts cannot handle it."""
     domain, _, name = task.partition("-")
-    known = sorted(t for d, t in suite.ALL_TASKS if d == domain)
-    hint = f"the tasks of {domain} are {', '.join(known)}" if known else "for example walker-walk, cheetah-run"
-    require(name in known, f"task {task}: expected DOMAIN-TASK of the dm_control suite; {hint}")
+    hint = ", ".join(f"{d}-{t}" for d, t in suite.ALL_TASKS if d == domain) or "for example walker-walk"
+    require((domain, name) in suite.ALL_TASKS, f"task {task}: expected DOMAIN-TASK of the dm_control suite: {hint}")
     envs = [suite.load(domain, name, environment_kwargs={"flat_observation": True}) for _ in range(n)]
     action = envs[0].action_spec()
     fits = np.all(action.minimum == -1) and np.all(action.maximum == 1) and np.isfinite(envs[0]._step_limit)

@@ -378,9 +378,8 @@ def load_inputs(args, tasks, sizes, device):
 def make_envs(task: str, n: int) -> list:
     """n dm_control environments of DOMAIN-TASK, with flat observations; fail where the scripts cannot handle it."""
     domain, _, name = task.partition("-")
-    known = sorted(t for d, t in suite.ALL_TASKS if d == domain)
-    hint = f"the tasks of {domain} are {', '.join(known)}" if known else "for example walker-walk, cheetah-run"
-    require(name in known, f"task {task}: expected DOMAIN-TASK of the dm_control suite; {hint}")
+    hint = ", ".join(f"{d}-{t}" for d, t in suite.ALL_TASKS if d == domain) or "for example walker-walk"
+    require((domain, name) in suite.ALL_TASKS, f"task {task}: expected DOMAIN-TASK of the dm_control suite: {hint}")
     envs = [suite.load(domain, name, environment_kwargs={"flat_observation": True}) for _ in range(n)]
     action = envs[0].action_spec()
     fits = np.all(action.minimum == -1) and np.all(action.maximum == 1) and np.isfinite(envs[0]._step_limit)
