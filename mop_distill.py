@@ -247,11 +247,13 @@ def kendall_tau(x: torch.Tensor, y: torch.Tensor, rows: int = 64) -> tuple[torch
     return both / (x.shape[1] * (x.shape[1] - 1)), both / (in_x * in_y).sqrt()
 
 
-def layer_taus(student: Actor, own: torch.Tensor, others: list[torch.Tensor]) -> list[tuple]:
-    """Per-state tau-a and tau-b of each hidden layer, own id against the others: 2 layers x 2 taus x (B * others,)."""
-    pairs = [zip(hidden_layers(student, own), hidden_layers(student, other), strict=True) for other in others]
-    taus = [[kendall_tau(a, b) for a, b in pair] for pair in pairs]  # others x layers x taus
-    return [[torch.cat(t) for t in zip(*layer, strict=True)] for layer in zip(*taus, strict=True)]
+@torch.no_grad()
+def layer_taus(student: Actor, obs: torch.Tensor, i: int, m: int, onehot: int) -> list[tuple[float, float, float]]:
+    """Per hidden layer, tau of states (B, obs) under id i and each other id: tau-a's mean and std, tau-b's mean."""
+    own, *others = (hidden_layers(student, add_task(obs, (i + k) % m, onehot)) for k in range(m))
+    pairs = [[kendall_tau(own[layer], other[layer]) for other in others] for layer in range(2)]
+    taus = [[torch.cat(tau) for tau in zip(*pair, strict=True)] for pair in pairs]  # layers x (tau-a, tau-b)
+    return [(a.mean().item(), a.std().item(), b.nanmean().item()) for a, b in taus]
 
 
 def main():
@@ -330,7 +332,7 @@ def main():
         at_evaluation = now % args.eval_every == 0 or now == args.gradient_steps
         if now % 1000 == 0 or at_evaluation:
             speed = {"speed/steps_per_second": (now - start) / (time.time() - clock)}
-            values = log(writer, now, metrics | speed)
+            log(writer, now, metrics | speed)
         if at_evaluation:
             texts = []
             for i, task in enumerate(tasks):
@@ -338,18 +340,13 @@ def main():
                 rows.append([now, task, returns])
                 texts.append(write_returns(run_dir, writer, rows, references, 1))
                 if m > 1:
-                    sample = torch.from_numpy(
-                        np.random.default_rng(now).permutation(len(visited))[: args.tau_states or None]
-                    )
-                    ids = [i, *(j for j in range(m) if j != i)]
-                    own, *others = [add_task(visited[sample.to(device)], j, onehot) for j in ids]
-                    for layer, (tau_a, tau_b) in enumerate(layer_taus(student, own, others), start=1):
-                        tau_rows.append(
-                            [now, task, layer, *(x.item() for x in (tau_a.mean(), tau_a.std(), tau_b.nanmean()))]
-                        )
-                        writer.add_scalar(f"tau_layer{layer}/{task}", tau_rows[-1][3], now)
+                    sample = np.random.default_rng(now).permutation(len(visited))[: args.tau_states or None]
+                    taus = layer_taus(student, visited[torch.from_numpy(sample).to(device)], i, m, onehot)
+                    for layer, values in enumerate(taus, start=1):
+                        tau_rows.append([now, task, layer, *values])
+                        writer.add_scalar(f"tau_layer{layer}/{task}", values[0], now)
                     texts[-1] += " tau " + ", ".join(f"{row[3]:.2f}" for row in tau_rows[-2:])
-            progress.write(f"{'; '.join(texts)}; loss {values['loss/total']:.2g}")
+            progress.write(f"{'; '.join(texts)}; loss {metrics['loss/total'].item():.2g}")
             write_taus(run_dir, tau_rows)
             save_point(run_dir, args, now, modules, generator, [table], rows, tau_rows=tau_rows)
     progress.close()
@@ -432,9 +429,8 @@ def write_taus(run_dir: Path, rows: list) -> None:
 def make_envs(task: str, n: int) -> list:
     """n dm_control environments of DOMAIN-TASK, with flat observations; fail where the scripts cannot handle it."""
     domain, _, name = task.partition("-")
-    known = sorted(t for d, t in suite.ALL_TASKS if d == domain)
-    hint = f"the tasks of {domain} are {', '.join(known)}" if known else "for example walker-walk, cheetah-run"
-    require(name in known, f"task {task}: expected DOMAIN-TASK of the dm_control suite; {hint}")
+    hint = ", ".join(f"{d}-{t}" for d, t in suite.ALL_TASKS if d == domain) or "for example walker-walk"
+    require((domain, name) in suite.ALL_TASKS, f"task {task}: expected DOMAIN-TASK of the dm_control suite: {hint}")
     envs = [suite.load(domain, name, environment_kwargs={"flat_observation": True}) for _ in range(n)]
     action = envs[0].action_spec()
     fits = np.all(action.minimum == -1) and np.all(action.maximum == 1) and np.isfinite(envs[0]._step_limit)

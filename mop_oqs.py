@@ -430,7 +430,6 @@ def main():
     updates = in_cuda_graph(update, args.cuda_graph, generator)
     policies = [partial(lambda i, x: student(add_task(x, i, onehot)), i) for i in range(m)]
     progress = tqdm(total=args.gradient_steps, initial=start, desc="student", unit="step", disable=None)
-    student_clock = time.time()
     for step in range(start, args.gradient_steps):
         metrics = updates()
 
@@ -439,8 +438,7 @@ def main():
         now = step + 1
         at_evaluation = now % args.eval_every == 0 or now == args.gradient_steps
         if now % 1000 == 0 or at_evaluation:
-            speed = {"speed/steps_per_second": (now - start) / (time.time() - student_clock)}
-            values = log(writer, now, metrics | speed)
+            values = log(writer, now, metrics)
         if at_evaluation:
             rows += [[now, task, evaluate(policies[i], envs[i], device)] for i, task in enumerate(tasks)]
             text = write_returns(run_dir, writer, rows, references, m)

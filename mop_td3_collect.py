@@ -208,10 +208,10 @@ def collect(policy, env, seeds, plain: int, mix: str, generator, device) -> dict
     env: LockstepEnv, n episodes at once; generator: numpy's, of the mix. Returns arrays as in docs/formats.md.
     """
     length, episodes = env.episode_length, len(seeds)
-    widths = {"observations": env.obs_dim, "actions": env.action_dim, "rewards": 1, "next_observations": env.obs_dim}
-    widths |= {"terminals": 1, "timeouts": 1, "physics": env.state_dim}
-    arrays = {name: np.zeros((episodes, length, width), DATASET[name][0]) for name, width in widths.items()}
-    arrays["timeouts"][:, -1] = True
+    widths = {"observations": (env.obs_dim,), "actions": (env.action_dim,), "next_observations": (env.obs_dim,)}
+    widths |= {"rewards": (), "terminals": (), "timeouts": (), "physics": (env.state_dim,)}
+    arrays = {name: np.zeros((episodes * length, *widths[name]), dtype) for name, (dtype, _) in DATASET.items()}
+    arrays["timeouts"][length - 1 :: length] = True
     progress = tqdm(total=episodes * length, desc=f"{env.task} {mix}", unit="step", disable=None, leave=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's other threads would wait busily on the physics' cores
@@ -228,15 +228,14 @@ def collect(policy, env, seeds, plain: int, mix: str, generator, device) -> dict
             elif mix != "online":
                 actions = np.where(is_plain, actions, generator.uniform(-1, 1, actions.shape).astype(np.float32))
             next_obs, reward, physics = env.step(actions)
-            row = {"observations": obs, "actions": actions, "rewards": reward[:, None], "next_observations": next_obs}
+            row = {"observations": obs, "actions": actions, "rewards": reward, "next_observations": next_obs}
             for name, values in (row | {"physics": physics}).items():
-                arrays[name][wave, t] = values[:n]
+                arrays[name][wave * length + t] = values[:n]
             obs = next_obs
             progress.update(n)
     progress.close()
     torch.set_num_threads(threads)
-    shapes = {name: (-1, widths[name]) if DATASET[name][1] == 2 else (-1,) for name in arrays}
-    return {name: array.reshape(shapes[name]) for name, array in arrays.items()}
+    return arrays
 
 
 def evaluate(policy, env, device) -> list[float]:
@@ -503,9 +502,8 @@ class LockstepEnv:
 def make_envs(task: str, n: int) -> list:
     """n dm_control environments of DOMAIN-TASK, with flat observations; fail where the scripts cannot handle it."""
     domain, _, name = task.partition("-")
-    known = sorted(t for d, t in suite.ALL_TASKS if d == domain)
-    hint = f"the tasks of {domain} are {', '.join(known)}" if known else "for example walker-walk, cheetah-run"
-    require(name in known, f"task {task}: expected DOMAIN-TASK of the dm_control suite; {hint}")
+    hint = ", ".join(f"{d}-{t}" for d, t in suite.ALL_TASKS if d == domain) or "for example walker-walk"
+    require((domain, name) in suite.ALL_TASKS, f"task {task}: expected DOMAIN-TASK of the dm_control suite: {hint}")
     envs = [suite.load(domain, name, environment_kwargs={"flat_observation": True}) for _ in range(n)]
     action = envs[0].action_spec()
     fits = np.all(action.minimum == -1) and np.all(action.maximum == 1) and np.isfinite(envs[0]._step_limit)
