@@ -409,10 +409,8 @@ def collect_dataset(policy, mix: str, path: Path, args, device) -> dict:
     require(share == 1 or n % (share * length) == 0, f"--num-transitions: expected {wanted} (--mix {mix}), found {n}")
     episodes = -(-n // length)
     generator = np.random.default_rng([args.seed, zlib.crc32(f"{task} {level} {mix}".encode())])
-    env, seeds = (
-        LockstepEnv(task, min(args.num_envs, episodes), args.threads),
-        generator.integers(EVAL_SEED, size=episodes),
-    )
+    seeds = generator.integers(EVAL_SEED, size=episodes)
+    env = LockstepEnv(task, min(args.num_envs, episodes), args.threads)
     arrays = collect(actor, env, seeds, episodes // share, mix, generator, device)
     arrays = {name: array[:n] for name, array in arrays.items()}
     arrays["timeouts"][-1] = True  # where the last episode is cut short
@@ -438,11 +436,12 @@ def map_file(path: Path, dtype, shape: tuple, rows: int) -> np.ndarray:
     """An array in a file, with its disk space reserved; of a resumed run (rows > 0) with those rows in it."""
     size = np.dtype(dtype).itemsize * shape[1]
     with expecting(f"{size * shape[0] / 2**30:.1f} GiB of disk space, and {rows} rows where the run goes on", path):
-        assert rows == 0 or path.stat().st_size >= rows * size, (
-            f"{path.stat().st_size // size} rows; start the run anew"
-        )
+        found = path.stat().st_size // size if rows else 0
+        assert found >= rows, f"{found} rows; start the run anew"
         with open(path, "ab" if rows else "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size * shape[0])  # else a full disk later ends in a bus error
+            file.truncate(size * shape[0])
+            if hasattr(os, "posix_fallocate"):  # else a full disk later ends in a bus error
+                os.posix_fallocate(file.fileno(), 0, size * shape[0])
         return np.memmap(path, dtype, "r+", shape=shape)
 
 
@@ -563,7 +562,8 @@ def write_atomic(path, write) -> None:
                 write(file)
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def save_point(run_dir: Path, args, step: int, modules: dict, generator, tables, rows: list, **more) -> None:

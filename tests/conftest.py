@@ -79,7 +79,7 @@ def write_teacher(
     sizes = {"in_dim": obs_dim, "obs_dim": obs_dim, "action_dim": action_dim, "hidden": hidden, "layer_norm": False}
     checkpoint = {"schema_version": 1, "kind": kind, "tasks": [task], "level": "medium", "args": {}, "step": 1}
     checkpoint |= {"sizes": {**sizes, "num_critics": 2, "log_std": log_std}, "returns": {task: [100.0]}, "versions": {}}
-    checkpoint["actor"] = pbrl.Actor(obs_dim, action_dim, hidden, log_std=log_std).state_dict()
+    checkpoint["actor"] = pbrl.Actor(obs_dim, action_dim * (2 if log_std else 1), hidden).state_dict()
     checkpoint["critics"] = pbrl.Critics(2, obs_dim, action_dim, hidden).state_dict()
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({**checkpoint, **changes}, path)

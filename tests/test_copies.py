@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import difflib
 
 import pytest
 
@@ -12,21 +13,33 @@ EXCEPTIONS = {
     "main": "each script's own loop",
     "Args": "compared field by field",
     "__doc__": "each script's own",
-    "RESUMABLE": "each script's own flags",
+    "load_inputs": "each script's own inputs",
+    "LAPTOP": "each script's own flags",
+    "LAPTOP |=": "each script's own flags",
     "Args.tasks": "of a teacher: the naive multi-task variant, none by default",
     "Args.output": "each script writes another kind of file",
-    "Args.run_dir": "the default name holds each script's own settings",
+    "Args.run_dir": "mop_measure.py has no settings in its default name",
     "Args.teachers": "one per task; m * m; any checkpoints, the rows of the cross-task table",
-    "Args.seed": "mop_measure.py: of samples of states and a classifier; its initial states are the fixed ones",
+    "Args.seed": "TD3 and measuring also have initial states and samples",
     "Args.eval_every": "TD3's resume points lie between two episodes",
     "Args.learning_rate": "the student has no critics",
     "Args.hidden": "the thesis's width for TD3 differs",
     "Args.batch_size": "of transitions, of states per task",
     "Args.gradient_steps": "thesis: 1M for teachers, 500k for students",
-    "Args.cuda_graph": "of TD3, where an update follows every step of the environment, at most one",
     "Args.tau": "thesis: 1e-2 for TD3, 5e-3 for PBRL",
+    "Args.tau_states": "a student's evaluation; a measurement",
     "Args.policy_noise": "thesis: 0.3 for TD3, 0.2 for PBRL",
     "Args.noise_clip": "TD3 0.3, PBRL 0.5; in PBRL for the OOD noise, too",
+}
+SIMULATING = {"mop_td3_collect", "mop_measure"}  # in mujoco.batch; they also load behaviours, which have a LayerNorm
+IN_TWO_FORMS = {"Actor", "Critics", "evaluate"}  # one text in SIMULATING, one in the others
+LINES = {  # above the line that ends the method, in all
+    "mop_td3_collect": (380, 702),
+    "mop_pbrl_teacher": (380, 620),
+    "mop_distill": (380, 682),
+    "mop_ds": (480, 755),
+    "mop_oqs": (480, 784),
+    "mop_measure": (480, 685),
 }
 
 
@@ -53,12 +66,30 @@ def test_shared_definitions_are_the_same_text():
     versions = collections.defaultdict(dict)
     for name in SCRIPTS:
         for key, text in definitions(name).items():
+            key = f"{key} where behaviours are loaded" if key in IN_TWO_FORMS and name in SIMULATING else key
             versions[key].setdefault(text, []).append(name)
     differ = {key for key, texts in versions.items() if len(texts) > 1}
     unexplained = {key: list(versions[key].values()) for key in differ - EXCEPTIONS.keys()}
     assert not unexplained, f"differ between scripts: {unexplained}"
     unused = {key for key in EXCEPTIONS if key not in differ and key != "__doc__"}
     assert not unused, f"exceptions without a difference: {unused}"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_method_comes_first_and_the_rest_is_short(name):
+    lines = (ROOT / f"{name}.py").read_text().splitlines()
+    (end,) = [i for i, line in enumerate(lines) if "the method ends here" in line]
+    place = {line.split("(")[0].split(":")[0]: i for i, line in enumerate(lines) if line.startswith(("def ", "class "))}
+    assert place["class Args"] < place["class Actor"] < place["def main"] < end < place["def require"]
+    assert lines[-2:] == ['if __name__ == "__main__":', "    main()"]
+    above, total = LINES[name]
+    assert end <= above and len(lines) <= total, (end, len(lines))
+
+
+def test_what_the_two_extensions_do_not_share():
+    ds, oqs = ((ROOT / f"{name}.py").read_text().splitlines() for name in ("mop_ds", "mop_oqs"))
+    changed = [line for line in difflib.ndiff(ds, oqs) if line.startswith(("- ", "+ "))]
+    assert len(changed) <= 75
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -33,20 +33,19 @@ def test_behaviours_have_the_levels_of_the_thesis():
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("level", LEVELS)
-def test_teachers_reach_their_behaviour(task, level):
-    behavior = mean_return(f"{task}-{level}-behavior.pt", task)
-    assert mean_return(f"{task}-{level}-teacher.pt", task) >= 0.95 * behavior
-
-
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("kind", ["behavior", "teacher"])
-@pytest.mark.parametrize("level", LEVELS)
-def test_claimed_returns_are_reproduced(task, level, kind):
-    """30 of the 100 episodes anew: contacts make single episodes differ between machines, not their mean."""
-    path = ROOT / "pretrained" / f"{task}-{level}-{kind}.pt"
-    checkpoint = td3.load_checkpoint(path, (kind,), task)
-    returns = td3.evaluate(td3.load_actor(checkpoint, path), td3.LockstepEnv(task, 30), torch.device("cpu"))
-    assert np.mean(returns) == pytest.approx(np.mean(checkpoint["returns"][task][:30]), rel=0.1)
+def test_claimed_returns_are_reproduced_and_teachers_reach_their_behaviour(task, level):
+    """All 100 episodes anew, compared one by one with the stored returns: contacts amplify a last bit of a policy's
+    output, so on another processor half of the episodes may differ, but not the mean."""
+    means = {}
+    for kind in ("behavior", "teacher"):
+        path = ROOT / "pretrained" / f"{task}-{level}-{kind}.pt"
+        checkpoint = td3.load_checkpoint(path, (kind,), task)
+        returns = td3.evaluate(td3.load_actor(checkpoint, path), td3.LockstepEnv(task, 100), torch.device("cpu"))
+        stored = np.array(checkpoint["returns"][task])
+        assert np.mean(np.abs(returns - stored) < 0.05 * stored + 5) > 0.3, (kind, returns - stored)
+        means[kind] = np.mean(returns)
+        assert means[kind] == pytest.approx(stored.mean(), rel=0.05)
+    assert means["teacher"] >= 0.95 * means["behavior"]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -74,6 +73,6 @@ def test_no_path_of_a_machine_in_the_files():
     for path in (ROOT / "pretrained").iterdir():
         if path.suffix == ".pt":
             text = json.dumps(torch.load(path, weights_only=True)["args"])
-        else:
+        elif path.suffix == ".npz":
             text = str(np.load(path)["metadata"])
         assert "/home" not in text and "/tmp" not in text and "/work" not in text, path

@@ -1,18 +1,20 @@
 """TD3's losses against a plain loop, its wiring, the medium rule and the dataset mixes."""
 
-import types
+import json
 
 import numpy as np
 import pytest
 import torch
 
+import mop_pbrl_teacher as pbrl
 import mop_td3_collect as td3
+from conftest import write_teacher
 
 
 def small(seed=0, hidden=16):
     torch.manual_seed(seed)
     actor, target_actor = td3.Actor(5, 2, hidden, True), td3.Actor(5, 2, hidden, True)
-    critics, target_critics = td3.Critics(2, 5, 2, hidden, True), td3.Critics(2, 5, 2, hidden, True)
+    critics, target_critics = td3.Critics(2, 5, 2, hidden), td3.Critics(2, 5, 2, hidden)
     batch = torch.randn(7, 5), torch.rand(7, 2) * 2 - 1, torch.rand(7), torch.randn(7, 5)
     return actor, critics, target_actor, target_critics, batch, torch.randn(7, 2)
 
@@ -21,7 +23,7 @@ def plain_critic(critics, k, obs, action):
     """Critic k on one row, layer by layer, from its stacked weights."""
     x = torch.cat([obs, action])
     h = x @ critics.w1[k] + critics.b1[k, 0]
-    if critics.layer_norm:
+    if hasattr(critics, "scale"):
         h = (h - h.mean()) / torch.sqrt(h.var(unbiased=False) + 1e-5) * critics.scale[k, 0] + critics.shift[k, 0]
         h = torch.tanh(h)
     else:
@@ -47,8 +49,8 @@ def test_critic_loss_equals_a_plain_loop():
 
 def test_batched_critics_equal_the_loop_over_critics():
     """The GPU's batched products and the CPU's loop are one function; the batched form runs on a CPU, too."""
-    for layer_norm in (False, True):
-        critics = td3.Critics(3, 5, 2, 16, layer_norm)
+    for module in (pbrl, td3):  # without and with LayerNorm
+        critics = module.Critics(3, 5, 2, 16)
         obs, action = torch.randn(9, 5), torch.randn(9, 2)
         x = torch.cat([obs, action, torch.ones(9, 1)], dim=1).expand(3, 9, 8)
         torch.testing.assert_close(
@@ -70,26 +72,26 @@ def test_each_critic_starts_different():
     assert all((critics.w1[i] != critics.w1[j]).any() for i in range(5) for j in range(i))
 
 
-def run_medium(returns, **kwargs):
-    """Feed update_medium one evaluation per step; the actor's weight records the step."""
-    args, medium = td3.Args(**kwargs), None
+def medium_after(returns, **kwargs):
+    """Of evaluations at steps 1, 2, ...: the steps whose policy was kept as the medium one, and whether it is final."""
+    args, rows, kept, known = td3.Args(**kwargs), [], [], False
     for step, value in enumerate(returns, start=1):
-        actor = types.SimpleNamespace(state_dict=lambda step=step: {"w": torch.tensor(float(step))})
-        medium = td3.update_medium(medium, step, value, actor, args)
-    return medium
+        rows.append([step, "walker-walk", [value - 1.0, value + 1.0]])
+        index, known = td3.medium_so_far(rows, args)
+        if index == len(rows) - 1:
+            kept.append(step)
+    return kept, known
 
 
 def test_medium_by_return_is_the_closest_up_to_the_first_that_reaches_it():
-    assert run_medium([100, 440, 900, 463], medium_return=463)["step"] == 2  # 440 is closer than 900; 463 came later
-    assert run_medium([100, 300, 470, 463], medium_return=463)["step"] == 3
-    assert run_medium([100, 440, 200], medium_return=463)["final"] is False  # never reached
-    assert run_medium([100, 440, 900], medium_return=463)["actor"]["w"] == 2  # its weights, not the last ones
+    assert medium_after([100, 440, 900, 463], medium_return=463) == ([1, 2], True)  # 440 is closer than 900
+    assert medium_after([100, 300, 470, 463], medium_return=463) == ([1, 2, 3], True)  # 463 came later
+    assert medium_after([100, 440, 200], medium_return=463) == ([1, 2], False)  # never reached
 
 
 def test_medium_by_step():
-    medium = run_medium([1, 2, 3, 4], medium_step=3)
-    assert (medium["step"], medium["final"], medium["actor"]["w"].item()) == (3, True, 3.0)
-    assert run_medium([1, 2], medium_step=3) is None
+    assert medium_after([1, 2, 3, 4], medium_step=3) == ([3], True)
+    assert medium_after([1, 2], medium_step=3) == ([], False)
 
 
 def shorten_episodes(monkeypatch, length):
@@ -107,9 +109,13 @@ def test_mixes(mix, plain, monkeypatch):
     """Shares of whole trajectories, and what the other trajectories are, at a shortened episode length."""
     shorten_episodes(monkeypatch, 50)
     torch.manual_seed(0)
-    actor = td3.Actor(24, 6, 16)
-    arrays, returns, count = td3.collect(actor, "walker-walk", mix, 970, 8, 3, torch.device("cpu"), 1)
-    assert count == plain and len(returns) == 20 and all(len(v) == 970 for v in arrays.values())
+    actor, generator = td3.Actor(24, 6, 16, False), np.random.default_rng(3)
+    env = td3.LockstepEnv("walker-walk", 8)
+    arrays = td3.collect(actor, env, np.arange(20), plain, mix, generator, torch.device("cpu"))
+    assert all(len(v) == 1000 for v in arrays.values())
+    assert {name: (a.dtype, a.ndim) for name, a in arrays.items()} == {
+        k: (np.dtype(d), n) for k, (d, n) in td3.DATASET.items()
+    }
     with torch.no_grad():
         expected = actor(torch.from_numpy(arrays["observations"])).numpy()
     residual = arrays["actions"] - expected
@@ -122,7 +128,7 @@ def test_mixes(mix, plain, monkeypatch):
         assert residual[plain * 50 :].std() == pytest.approx(clipped_std, rel=0.1)
     elif mix != "online":
         assert other.std() == pytest.approx(1 / np.sqrt(3), rel=0.05) and abs(other.mean()) < 0.05
-    assert np.flatnonzero(arrays["timeouts"]).tolist() == [*range(49, 950, 50), 969]
+    assert np.flatnonzero(arrays["timeouts"]).tolist() == [*range(49, 1000, 50)]
     assert not arrays["terminals"].any()
     same = ~arrays["timeouts"][:-1]
     np.testing.assert_array_equal(arrays["observations"][1:][same], arrays["next_observations"][:-1][same])
@@ -132,6 +138,42 @@ def test_mixes(mix, plain, monkeypatch):
 
 def test_the_collected_data_do_not_depend_on_the_number_of_lockstep_environments(monkeypatch):
     shorten_episodes(monkeypatch, 20)
-    actor = td3.Actor(24, 6, 16)
-    a, b = (td3.collect(actor, "walker-stand", "online", 100, n, 3, torch.device("cpu"), 1)[0] for n in (2, 5))
+    torch.manual_seed(0)
+    actor, seeds = td3.Actor(24, 6, 16, False), np.arange(5)
+    a, b = (
+        td3.collect(actor, td3.LockstepEnv("walker-stand", n), seeds, 5, "online", None, torch.device("cpu"))
+        for n in (2, 5)
+    )
     np.testing.assert_allclose(a["observations"], b["observations"], atol=1e-4)
+
+
+def first_states(tmp_path, run_main, *flags):
+    """The first observation of every episode of a dataset collected with these flags."""
+    result = run_main(td3, "--num-transitions", 10_000, "--output", "d.npz", "--overwrite", *flags)
+    data = np.load(tmp_path / result["files"][0])
+    return data["observations"][::1000], json.loads(str(data["metadata"]))
+
+
+def test_no_two_tasks_or_mixes_start_from_the_same_states(tmp_path, run_main):
+    """And a mix has its share of plain episodes, said in the metadata."""
+    found = []
+    for task, mix in (("walker-stand", "online"), ("walker-stand", "noise"), ("walker-walk", "noise")):
+        policy = write_teacher(tmp_path / f"{task}.pt", task)
+        states, metadata = first_states(tmp_path, run_main, "--policy", policy, "--mix", mix)
+        assert metadata["policy_episodes"] == (10 if mix == "online" else 1)
+        found.append(states)
+    again, _ = first_states(tmp_path, run_main, "--policy", policy, "--mix", mix)
+    np.testing.assert_array_equal(again, found[-1])
+    other_seed, _ = first_states(tmp_path, run_main, "--policy", policy, "--mix", mix, "--seed", 2)
+    rows = np.concatenate([*found, other_seed])
+    assert len(np.unique(rows, axis=0)) == len(rows) == 40
+
+
+@pytest.mark.parametrize(
+    "mix, n, least", [("noise", 4000, 10_000), ("random90", 15_000, 10_000), ("random99", 50_000, 100_000)]
+)
+def test_sizes_that_cannot_hold_a_mix_are_refused(tmp_path, run_main, mix, n, least):
+    policy = write_teacher(tmp_path / "p.pt")
+    code, text = run_main(td3, "--policy", policy, "--mix", mix, "--num-transitions", n)
+    assert code and "--num-transitions" in text and f"multiple of {least}" in text and str(n) in text
+    assert not list((tmp_path / "data").iterdir())
