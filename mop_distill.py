@@ -377,7 +377,8 @@ def load_inputs(args, sizes: tuple, onehot: int, device):
     """Check the flags, read the teachers and states -> (table of rows (s, i, what the teacher says), one task below the
     other; rows per task; critics for q; bounds of log std for kl; {task: {"teacher": return}}; the files read)."""
     tasks, m = args.tasks, len(args.tasks)
-    require(m and len(set(tasks)) == m, f"--tasks: expected distinct tasks, found {', '.join(tasks)}")
+    fits = len(set(tasks)) == m and len({task.partition("-")[0] for task in tasks}) == 1
+    require(fits, f"--tasks: expected distinct tasks of one domain, found {', '.join(tasks)}")
     for name in ("level", "data", "teachers"):
         found, fits = len(getattr(args, name)), (1, m) if name == "level" else (0, m)
         require(found in fits, f"--{name}: expected one per task ({m}: {', '.join(tasks)}), found {found}")
@@ -466,7 +467,7 @@ def expecting(what: str, subject):
         yield
     except Exception as error:
         kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-        require(False, f"{subject}: expected {what}; found {kind}{(str(error).splitlines() or [''])[0][:200]}")
+        require(False, f"{subject}: expected {what}; found {kind}{' '.join(str(error).split())[:300]}")
 
 
 def find_file(folder: str, name: str, hint: str) -> Path:
@@ -481,7 +482,8 @@ def find_file(folder: str, name: str, hint: str) -> Path:
 
 def load_dataset(path, task: str | None = None, sizes: tuple | None = None) -> tuple[dict, dict]:
     """Read a dataset .npz and check it, for the task and sizes (obs, act) if given -> (arrays, metadata)."""
-    text = f"a dataset .npz as in docs/formats.md, without pickled objects (mop_td3_collect.py --task {task} makes one)"
+    hint = f"python mop_td3_collect.py --task {task or 'TASK'}"
+    text = f"a dataset .npz with metadata as in docs/formats.md, no pickled objects (made by {hint})"
     with expecting(text, path), np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
         file = np.load(path, allow_pickle=False)
         data, metadata = {name: file[name] for name in DATASET}, json.loads(str(file["metadata"]))

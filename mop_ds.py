@@ -539,7 +539,7 @@ def expecting(what: str, subject):
         yield
     except Exception as error:
         kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-        require(False, f"{subject}: expected {what}; found {kind}{(str(error).splitlines() or [''])[0][:200]}")
+        require(False, f"{subject}: expected {what}; found {kind}{' '.join(str(error).split())[:300]}")
 
 
 def find_file(folder: str, name: str, hint: str) -> Path:
@@ -554,7 +554,8 @@ def find_file(folder: str, name: str, hint: str) -> Path:
 
 def load_dataset(path, task: str | None = None, sizes: tuple | None = None) -> tuple[dict, dict]:
     """Read a dataset .npz and check it, for the task and sizes (obs, act) if given -> (arrays, metadata)."""
-    text = f"a dataset .npz as in docs/formats.md, without pickled objects (mop_td3_collect.py --task {task} makes one)"
+    hint = f"python mop_td3_collect.py --task {task or 'TASK'}"
+    text = f"a dataset .npz with metadata as in docs/formats.md, no pickled objects (made by {hint})"
     with expecting(text, path), np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
         file = np.load(path, allow_pickle=False)
         data, metadata = {name: file[name] for name in DATASET}, json.loads(str(file["metadata"]))

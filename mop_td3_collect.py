@@ -523,7 +523,7 @@ def expecting(what: str, subject):
         yield
     except Exception as error:
         kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-        require(False, f"{subject}: expected {what}; found {kind}{(str(error).splitlines() or [''])[0][:200]}")
+        require(False, f"{subject}: expected {what}; found {kind}{' '.join(str(error).split())[:300]}")
 
 
 def load_checkpoint(path, kinds: tuple[str, ...], task: str | None = None) -> dict:

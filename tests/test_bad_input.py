@@ -1,6 +1,10 @@
 """Bad input: one clear line that names the file or flag, exit code not zero, nothing written or overwritten."""
 
+import io
 import pickle
+import subprocess
+import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -9,7 +13,7 @@ import torch
 import mop_distill as distill
 import mop_pbrl_teacher as pbrl
 import mop_td3_collect as td3
-from conftest import make_arrays, script, write_dataset, write_teacher
+from conftest import ROOT, make_arrays, script, write_dataset, write_teacher
 
 
 def assert_refused(outcome, *words):
@@ -36,13 +40,13 @@ NAN[17, 3] = np.nan
 INFINITE = make_arrays()["rewards"].copy()
 INFINITE[5] = np.inf
 BROKEN_ARRAYS = {
-    "missing rewards": ({k: v for k, v in make_arrays().items() if k != "rewards"}, ["missing rewards"]),
+    "missing rewards": ({k: v for k, v in make_arrays().items() if k != "rewards"}, ["KeyError", "rewards"]),
     "integer actions": (change(actions=np.zeros((200, 6), int)), ["actions", "int64"]),
     "object rewards": (change(rewards=np.array([None] * 200)), [".npz"]),
     "float terminals": (change(terminals=np.zeros(200)), ["terminals", "float64"]),
     "flat observations": (change(observations=np.zeros(200, np.float32)), ["observations", "(200,)"]),
-    "short rewards": (change(rewards=np.zeros(199, np.float32)), ["rewards", "expected 200 rows", "199"]),
-    "empty": ({k: v[:0] for k, v in make_arrays().items()}, ["more than 0"]),
+    "short rewards": (change(rewards=np.zeros(199, np.float32)), ["(200, 24)", "rewards: 199 rows"]),
+    "empty": ({k: v[:0] for k, v in make_arrays().items()}, ["(0, 24)"]),
     "nan": (change(observations=NAN), ["observations", "NaN", "row 17"]),
     "infinite": (change(rewards=INFINITE), ["rewards", "infinite", "row 5"]),
     "actions outside": (change(actions=np.full((200, 6), 1.5, np.float32)), ["actions", "[-1, 1]", "1.5"]),
@@ -71,31 +75,36 @@ def write_bytes(path, content):
 def test_dataset_files(run_main, tmp_path):
     good = write_dataset(tmp_path / "good.npz").read_bytes()
     base = ["--task", "walker-stand", "--data"]
-    assert_refused(run_main(pbrl, *base, "none.npz"), "none.npz", "no such dataset", "mop_td3_collect.py")
+    assert_refused(
+        run_main(pbrl, *base, "none.npz"), "none.npz", "FileNotFoundError", "mop_td3_collect.py --task walker-stand"
+    )
     for content in (good[: len(good) // 2], b"", b"PK\x03\x04 nonsense", pickle.dumps({"a": Payload()})):
         path = write_bytes(tmp_path / "broken.npz", content)
-        assert_refused(run_main(pbrl, *base, path), "broken.npz", "not a readable .npz")
+        assert_refused(run_main(pbrl, *base, path), "broken.npz", "expected a dataset .npz")
     np.save(tmp_path / "array.npy", np.zeros(3))
-    assert_refused(run_main(pbrl, *base, tmp_path / "array.npy"), "array.npy", "not a readable .npz")
+    assert_refused(run_main(pbrl, *base, tmp_path / "array.npy"), "array.npy", "expected a dataset .npz")
     np.savez(tmp_path / "objects.npz", **make_arrays(), metadata=np.array([Payload()], dtype=object))
     assert_refused(run_main(pbrl, *base, tmp_path / "objects.npz"), "objects.npz", "pickled")
     assert not (tmp_path / "executed").exists()
     np.savez(tmp_path / "bare.npz", **make_arrays(), metadata=np.array("{"))
     assert_refused(run_main(pbrl, *base, tmp_path / "bare.npz"), "bare.npz", "metadata")
     path = write_dataset(tmp_path / "schema.npz", schema_version=99)
-    assert_refused(run_main(pbrl, *base, path), "schema.npz", "expected schema version 1, found 99")
+    assert_refused(run_main(pbrl, *base, path), "schema.npz", "schema version 99")
     path = write_dataset(tmp_path / "other.npz", task="walker-walk")
-    assert_refused(run_main(pbrl, *base, path), "other.npz", "expected data of walker-stand, found walker-walk")
+    assert_refused(run_main(pbrl, *base, path), "other.npz", "data of walker-walk, not of walker-stand")
     assert_refused(run_main(pbrl, "--task", "walker-run"), "data/walker-run-medium.npz", "mop_td3_collect.py")
 
 
 CHECKPOINTS = {
-    "kind": ({"kind": "behavior"}, ["expected a checkpoint of kind teacher, found behavior"]),
-    "schema": ({"schema_version": 7}, ["expected schema version 1, found 7"]),
-    "task": ({"tasks": ["walker-walk"]}, ["expected a checkpoint for walker-stand, found walker-walk"]),
-    "no returns": ({"returns": {}}, ["without the returns of walker-stand"]),
-    "no weights": ({"actor": {}}, ["weights and sizes do not fit together"]),
-    "sizes": ({"sizes": {"in_dim": 24, "action_dim": 6, "hidden": 9, "layer_norm": False}}, ["do not fit together"]),
+    "kind": ({"kind": "behavior"}, ["kind behavior, not teacher"]),
+    "schema": ({"schema_version": 7}, ["schema version 7, not 1"]),
+    "task": ({"tasks": ["walker-walk"]}, ["walker-walk, not walker-stand"]),
+    "no returns": ({"returns": {}}, ["KeyError", "walker-stand"]),
+    "no weights": ({"actor": {}}, ["expected weights and sizes that fit together", "net.0.weight"]),
+    "sizes": (
+        {"sizes": {"in_dim": 24, "action_dim": 6, "hidden": 9, "layer_norm": False}},
+        ["expected weights and sizes that fit together", "[9, 24]"],
+    ),
 }
 
 
@@ -110,30 +119,32 @@ def test_checkpoints(run_main, tmp_path, case):
 def test_checkpoint_files(run_main, tmp_path):
     options = ["--tasks", "walker-stand", "--data", write_dataset(tmp_path / "d.npz"), "--teachers"]
     good = write_teacher(tmp_path / "good.pt").read_bytes()
-    assert_refused(run_main(distill, *options, "none.pt"), "none.pt", "no such checkpoint")
+    assert_refused(run_main(distill, *options, "none.pt"), "none.pt", "FileNotFoundError")
     for content in (good[: len(good) // 2], b"", b"text", pickle.dumps(Payload())):
         path = write_bytes(tmp_path / "broken.pt", content)
-        assert_refused(run_main(distill, *options, path), "broken.pt", "not a readable checkpoint")
+        assert_refused(run_main(distill, *options, path), "broken.pt", "expected a readable checkpoint")
     torch.save({"schema_version": 1, "kind": "teacher", "payload": Payload()}, tmp_path / "payload.pt")
-    assert_refused(run_main(distill, *options, tmp_path / "payload.pt"), "payload.pt", "pickled objects (refused)")
+    assert_refused(
+        run_main(distill, *options, tmp_path / "payload.pt"), "payload.pt", "pickled objects (those are refused)"
+    )
     assert not (tmp_path / "executed").exists()
     torch.save([1, 2], tmp_path / "list.pt")
-    assert_refused(run_main(distill, *options, tmp_path / "list.pt"), "list.pt", "not a checkpoint")
+    assert_refused(run_main(distill, *options, tmp_path / "list.pt"), "list.pt", "expected a readable checkpoint")
     torch.save({"schema_version": 1, "kind": "teacher"}, tmp_path / "part.pt")
-    assert_refused(run_main(distill, *options, tmp_path / "part.pt"), "part.pt", "incomplete")
-    assert_refused(run_main(td3, "--policy", tmp_path / "part.pt"), "part.pt", "incomplete")
+    assert_refused(run_main(distill, *options, tmp_path / "part.pt"), "part.pt", "none of actor, args")
+    assert_refused(run_main(td3, "--policy", tmp_path / "part.pt"), "part.pt", "none of actor, args")
 
 
 def test_teacher_of_another_observation_size(run_main, tmp_path):
     options = ["--tasks", "walker-stand", "--data", write_dataset(tmp_path / "d.npz")]
     outcome = run_main(distill, *options, "--teachers", write_teacher(tmp_path / "t.pt", obs_dim=17))
-    assert_refused(outcome, "24 values", "17 in", "t.pt")
+    assert_refused(outcome, "expected a teacher of 24 observations, found 17", "t.pt")
 
 
 @pytest.mark.parametrize(
     "module, options, words",
     [
-        (td3, ["--task", "walker-fly"], ["walker-fly", "run, stand, walk"]),
+        (td3, ["--task", "walker-fly"], ["walker-fly", "walker-stand, walker-walk, walker-run"]),
         (td3, ["--hidden", -1], ["--hidden", "-1"]),
         (td3, ["--batch-size", 0], ["--batch-size", "0"]),
         (td3, ["--total-timesteps", 1500], ["--total-timesteps", "multiple of 1000"]),
@@ -143,7 +154,7 @@ def test_teacher_of_another_observation_size(run_main, tmp_path):
         (td3, ["--num-envs", 0], ["--num-envs"]),
         (td3, ["--policy", "none.pt", "--num-transitions", -4], ["--num-transitions", "-4"]),
         (td3, ["--seed", -3], ["--seed", "-3"]),
-        (td3, ["--tau", 1.5], ["--tau", "at most 1"]),
+        (td3, ["--tau", 1.5], ["--tau", "to 1, found 1.5"]),
         (pbrl, ["--policy-noise", -0.1], ["--policy-noise", "-0.1"]),
         (pbrl, ["--learning-rate", "nan"], ["--learning-rate", "nan"]),
         (td3, ["--resume", "nowhere"], ["--resume nowhere"]),
@@ -153,12 +164,12 @@ def test_teacher_of_another_observation_size(run_main, tmp_path):
         (pbrl, ["--learning-rate", 0], ["--learning-rate"]),
         (pbrl, ["--level", "medium", "expert"], ["--level"]),
         (distill, ["--tasks", "walker-stand", "walker-stand"], ["distinct"]),
-        (distill, ["--data", "a.npz"], ["--data", "one file per task"]),
+        (distill, ["--data", "a.npz"], ["--data", "one per task"]),
         (distill, ["--hidden", 0], ["--hidden"]),
         (distill, ["--states", "a.npz"], ["--states", "one file per task"]),
-        (distill, ["--states", "a.npz", "b.npz", "--data", "c.npz", "d.npz"], ["--states", "no --data"]),
-        (distill, ["--states", "online", "--data", "c.npz", "d.npz"], ["--states online", "--data"]),
-        (distill, ["--states", "a.npz", "b.npz"], ["a.npz: no such dataset"]),
+        (distill, ["--states", "a.npz", "b.npz", "--data", "c.npz", "d.npz"], ["--states", "without --data"]),
+        (distill, ["--states", "online", "--data", "c.npz", "d.npz"], ["--states", "without --data"]),
+        (distill, ["--states", "a.npz", "b.npz"], ["a.npz", "FileNotFoundError"]),
         (distill, ["--tasks", "walker-stand", "--regularizer", "ndcg"], ["--regularizer", "two or more"]),
         (distill, ["--loss", "kl"], ["walker-stand-medium-teacher-gaussian.pt", "--actor gaussian"]),
         (distill, ["--reg-lambda", -1], ["--reg-lambda", "-1"]),
@@ -166,7 +177,7 @@ def test_teacher_of_another_observation_size(run_main, tmp_path):
         (pbrl, ["--tasks", "walker-stand", "walker-stand"], ["--tasks", "distinct"]),
         (pbrl, ["--tasks", "walker-stand", "walker-walk", "--data", "a.npz"], ["--level, --data", "walker-walk"]),
         (pbrl, ["--tasks", "walker-stand", "cartpole-balance"], ["cartpole-balance"]),
-        (distill, ["--tasks", "walker-stand", "cheetah-run"], ["cheetah-run", "equal"]),
+        (distill, ["--tasks", "walker-stand", "cheetah-run"], ["cheetah-run", "one domain"]),
     ],
 )
 def test_flags(run_main, tmp_path, module, options, words):
@@ -192,7 +203,7 @@ def test_outputs_are_never_overwritten(run_main, tmp_path):
     assert_refused(run_main(pbrl, *base, "--output", old), "teacher.pt", "--overwrite")
     (tmp_path / "run").mkdir()
     write_bytes(tmp_path / "run/note.txt", b"mine")
-    assert_refused(run_main(pbrl, *base, "--run-dir", "run"), "run", "not empty", "--resume")
+    assert_refused(run_main(pbrl, *base, "--run-dir", "run"), "run", "expected an empty folder")
     policy = write_teacher(tmp_path / "walker-stand-medium-behavior.pt", kind="behavior")
     outcome = run_main(td3, "--policy", policy, "--num-transitions", 1000)
     assert_refused(outcome, "data/walker-stand-medium.npz", "--overwrite")
@@ -203,12 +214,14 @@ def test_folders_that_cannot_be_written(run_main, tmp_path):
     data = write_dataset(tmp_path / "d.npz")
     write_bytes(tmp_path / "file", b"")
     base = ["--task", "walker-stand", "--data", data]
-    assert_refused(run_main(pbrl, *base, "--run-dir", "file/run"), "file/run", "cannot be created")
-    assert_refused(run_main(pbrl, *base, "--output", "file/teacher.pt"), "file", "cannot be created")
+    assert_refused(run_main(pbrl, *base, "--run-dir", "file/run"), "file/run", "expected a folder that can be made")
+    assert_refused(run_main(pbrl, *base, "--output", "file/teacher.pt"), "file", "expected a folder that can be made")
     policy = write_teacher(tmp_path / "p-behavior.pt", kind="behavior")
     outcome = run_main(td3, "--policy", policy, "--num-transitions", 10, "--output", "file/d.npz")
-    assert_refused(outcome, "file", "cannot be created")
-    with pytest.raises(SystemExit, match=r"file/d\.npz: cannot be written"):  # as when a folder vanishes during a run
+    assert_refused(outcome, "file", "expected a folder that can be made")
+    with pytest.raises(
+        SystemExit, match=r"file/d\.npz: expected free space and a folder you may write to"
+    ):  # as when a folder vanishes during a run
         td3.write_atomic("file/d.npz", lambda file: file.write(b"x"))
 
 
@@ -216,9 +229,9 @@ def test_resuming_with_another_network_is_refused(run_main, tmp_path):
     options = ["--task", "walker-stand", "--data", write_dataset(tmp_path / "d.npz"), "--run-dir", "run"]
     options += ["--gradient-steps", 2, "--hidden", 8, "--batch-size", 4, "--eval-episodes", 1]
     run_main(pbrl, *options, "--final-eval-episodes", 1)
-    assert_refused(run_main(pbrl, "--resume", "run", "--hidden", 16), "--hidden", "started with 8")
+    assert_refused(run_main(pbrl, "--resume", "run", "--hidden", 16), "size mismatch", "[16, 24]")
     write_bytes(tmp_path / "run/resume.pt", b"cut")
-    assert_refused(run_main(pbrl, "--resume", "run"), "resume.pt", "not a resume point")
+    assert_refused(run_main(pbrl, "--resume", "run"), "--resume run", "expected a run folder with a resume point")
 
 
 def test_resuming_without_the_replay_buffer_is_refused(run_main, tmp_path):
@@ -238,16 +251,19 @@ def test_resuming_without_the_replay_buffer_is_refused(run_main, tmp_path):
     run_main(td3, "--task", "walker-stand", *options, "--num-transitions", 1000)
     replay = tmp_path / "run/replay.f32"
     replay.write_bytes(replay.read_bytes()[:-8])
-    assert_refused(run_main(td3, "--resume", "run", "--total-timesteps", 2000), "replay.f32", "1000 steps")
-    assert_refused(run_main(td3, "--resume", "run", "--run-dir", "other"), "--run-dir", "--resume cannot change")
+    assert_refused(
+        run_main(td3, "--resume", "run", "--total-timesteps", 2000), "replay.f32", "1000 rows", "found 999 rows"
+    )
 
 
 def test_as_a_user_sees_it(tmp_path):
     """In a process of its own: one line on standard error, nothing else, no traceback."""
     process = script("mop_pbrl_teacher", "--task", "walker-stand", "--data", "none.npz", cwd=tmp_path)
     assert process.returncode == 1 and process.stdout == ""
-    expected = "none.npz: no such dataset; collect one with: python mop_td3_collect.py --task walker-stand"
-    assert process.stderr == f"mop_pbrl_teacher.py: error: {expected}\n"
+    expected = "a dataset .npz with metadata as in docs/formats.md, no pickled objects"
+    expected += " (made by python mop_td3_collect.py --task walker-stand)"
+    found = "FileNotFoundError: [Errno 2] No such file or directory: 'none.npz'"
+    assert process.stderr == f"mop_pbrl_teacher.py: error: none.npz: expected {expected}; found {found}\n"
 
 
 def test_kl_needs_gaussian_teachers_of_one_kind(run_main, tmp_path):
@@ -259,6 +275,145 @@ def test_kl_needs_gaussian_teachers_of_one_kind(run_main, tmp_path):
         for kind, log_std in kinds.items()
     }
     outcome = run_main(distill, *options, "--teachers", path[0, "bounded"], path[1, "plain"])
-    assert_refused(outcome, "plain1.pt", "a deterministic one", "--actor gaussian")
+    assert_refused(outcome, "plain1.pt", "found log std None", "--actor gaussian")
     outcome = run_main(distill, *options, "--teachers", path[0, "bounded"], path[1, "tanh"])
     assert_refused(outcome, "tanh1.pt", "of one kind", "(-1.0, 1.0)")
+
+
+# what must not be accepted in silence
+
+
+def tiny(tmp_path, *more):
+    """The flags of a PBRL run of a few updates."""
+    data = write_dataset(tmp_path / "d.npz")
+    sizes = ["--hidden", 8, "--batch-size", 4, "--eval-episodes", 1, "--final-eval-episodes", 1, "--threads", 1]
+    return ["--task", "walker-stand", "--data", data, "--run-dir", "run", *sizes, *more]
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_last_resume_point(run_main, tmp_path):
+    run_main(pbrl, *tiny(tmp_path, "--gradient-steps", 2, "--output", "a.pt"))
+    before = (tmp_path / "run/resume.pt").read_bytes()
+    options = ["--resume", "run", "--learning-rate", "1e9", "--gradient-steps", 40, "--output", "b.pt"]
+    assert_refused(run_main(pbrl, *options), "step 40", "nan", "resume point")
+    assert (tmp_path / "run/resume.pt").read_bytes() == before and not (tmp_path / "b.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "module, options",
+    [
+        (pbrl, ["--beta-in", "inf"]),
+        (pbrl, ["--bc-coef", "inf"]),
+        (pbrl, ["--learning-rate", "inf"]),
+        (distill, ["--reg-lambda", "inf"]),
+        (distill, ["--learning-rate", "inf"]),
+        (td3, ["--exploration-noise", "nan"]),
+        (pbrl, ["--seed", 2**64]),
+        (distill, ["--threads", 10**6]),
+        (td3, ["--hidden", 2**40]),
+    ],
+)
+def test_numbers_that_are_not_finite_or_absurd(run_main, tmp_path, module, options):
+    assert_refused(run_main(module, *options), options[0], "expected a number from")
+    assert not list(tmp_path.iterdir())
+
+
+def changed_weights(path, value):
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["actor"]["net.2.weight"][0, 0] = value
+    torch.save(checkpoint, path)
+    return path
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(run_main, tmp_path, value):
+    options = ["--tasks", "walker-stand", "--data", write_dataset(tmp_path / "d.npz")]
+    path = changed_weights(write_teacher(tmp_path / "t.pt"), value)
+    assert_refused(run_main(distill, *options, "--teachers", path), "t.pt", "no finite numbers")
+    assert_refused(run_main(td3, "--policy", path, "--num-transitions", 1000), "t.pt", "no finite numbers")
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_flipped_bits_in_a_checkpoint(run_main, tmp_path):
+    options = ["--tasks", "walker-stand", "--data", write_dataset(tmp_path / "d.npz"), "--teachers"]
+    good = bytearray(write_teacher(tmp_path / "t.pt").read_bytes())
+    with zipfile.ZipFile(tmp_path / "t.pt") as archive:
+        entry = max(archive.infolist(), key=lambda info: info.file_size)
+    good[entry.header_offset + 200 + entry.file_size // 2] ^= 0x40
+    write_bytes(tmp_path / "t.pt", bytes(good))
+    assert_refused(run_main(distill, *options, tmp_path / "t.pt"), "t.pt", "damaged bytes")
+
+
+def test_absurd_sizes_in_a_checkpoint(run_main, tmp_path):
+    options = ["--tasks", "walker-stand", "--data", write_dataset(tmp_path / "d.npz"), "--teachers"]
+    sizes = torch.load(write_teacher(tmp_path / "t.pt"), weights_only=True)["sizes"]
+    for change_ in ({"hidden": 10**9}, {"in_dim": 10**9}, {"hidden": "wide"}, {"action_dim": None}):
+        path = write_teacher(tmp_path / "t.pt", sizes=sizes | change_)
+        assert_refused(run_main(distill, *options, path), "t.pt", "fit together")
+    for returns in ({"walker-stand": "many"}, {"walker-stand": [float("nan")]}, None, 3):
+        path = write_teacher(tmp_path / "t.pt", returns=returns)
+        assert_refused(run_main(distill, *options, path), "t.pt")
+
+
+def test_numbers_that_float32_cannot_hold(run_main, tmp_path):
+    rewards = np.zeros(200)
+    rewards[9] = 1e200
+    path = write_dataset(tmp_path / "d.npz", arrays=change(rewards=rewards))
+    assert_refused(run_main(pbrl, "--task", "walker-stand", "--data", path), "d.npz", "rewards", "row 9")
+
+
+def test_other_byte_orders_and_precisions_are_converted(run_main, tmp_path):
+    plain = pbrl.load_dataset(write_dataset(tmp_path / "a.npz"))[0]
+    odd = {k: v.astype(">f8") if v.dtype.kind == "f" else v for k, v in make_arrays().items()}
+    for name, array in pbrl.load_dataset(write_dataset(tmp_path / "b.npz", arrays=odd))[0].items():
+        assert array.dtype == plain[name].dtype
+        np.testing.assert_array_equal(array, plain[name])
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "[]", '{"schema_version": 1}', "NaN"])
+def test_odd_metadata(run_main, tmp_path, text):
+    np.savez(tmp_path / "d.npz", **make_arrays(), metadata=np.array(text))
+    assert_refused(run_main(pbrl, "--task", "walker-stand", "--data", tmp_path / "d.npz"), "d.npz")
+
+
+def test_outputs_that_are_no_files_or_inputs(run_main, tmp_path):
+    options = tiny(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for path in ("folder", "/dev/null", tmp_path / "d.npz"):
+        outcome = run_main(pbrl, *options, "--output", path, "--overwrite")
+        assert_refused(outcome, str(path), "expected a file that this run may write")
+    policy = write_teacher(tmp_path / "t.pt")
+    outcome = run_main(td3, "--policy", policy, "--num-transitions", 1000, "--output", policy, "--overwrite")
+    assert_refused(outcome, "t.pt", "expected a file that this run may write")
+    torch.load(policy, weights_only=True)
+
+
+def test_resume_points_that_do_not_fit(run_main, tmp_path):
+    run_main(pbrl, *tiny(tmp_path, "--gradient-steps", 4, "--output", "a.pt"))
+    resume = ["--resume", "run", "--gradient-steps", 6]
+    other = write_dataset(tmp_path / "other.npz", arrays=make_arrays(seed=1))
+    assert_refused(run_main(pbrl, *resume, "--data", other), "--resume", "other data")
+    assert_refused(run_main(pbrl, "--resume", "run", "--gradient-steps", 3), "--resume", "4 steps done of 3")
+    assert_refused(run_main(distill, "--resume", "run"), "--resume run", "one of mop_pbrl_teacher.py")
+    good = torch.load(tmp_path / "run/resume.pt", weights_only=True)
+    for change_ in ({"step": -5}, {"step": "x"}, {"rows": None}, {"generator": torch.zeros(3)}, {"actor": {}}):
+        torch.save(good | change_, tmp_path / "run/resume.pt")
+        assert_refused(run_main(pbrl, *resume), "--resume")
+    adam = torch.load(io.BytesIO(save_to_bytes(good)), weights_only=True)
+    adam["actor_optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(adam, tmp_path / "run/resume.pt")
+    assert_refused(run_main(pbrl, *resume), "--resume", "other shapes in actor_optimizer")
+    torch.save(good, tmp_path / "run/resume.pt")
+    assert isinstance(run_main(pbrl, *resume, "--overwrite"), dict)  # flags that the run did not have are taken
+
+
+def save_to_bytes(value) -> bytes:
+    torch.save(value, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+def test_a_symlinked_script_finds_the_bundled_files(tmp_path):
+    (tmp_path / "link.py").symlink_to(ROOT / "mop_distill.py")
+    options = ["--hidden", "8", "--gradient-steps", "1", "--eval-episodes", "1", "--final-eval-episodes", "1"]
+    command = [sys.executable, str(tmp_path / "link.py"), *options, "--threads", "1"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0 and "using the bundled pretrained/walker-stand-medium.npz" in process.stdout
