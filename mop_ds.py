@@ -636,7 +636,8 @@ def restore(point: dict | None, steps: int, modules: dict, generator, tables) ->
         assert point["data_key"] == [zlib.crc32(table.cpu().numpy()) for table in tables], "one of other data"
         assert 0 < point["step"] <= steps, f"{point['step']} steps done of {steps}"
         for name, module in modules.items():
-            module.load_state_dict(point[name])
+            now = {k: v for k, v in module.state_dict().items() if k == "param_groups"}  # the rate of these arguments
+            module.load_state_dict(point[name] | now)
             for parameter, state in getattr(module, "state", {}).items():  # Adam's, whose shapes torch does not check
                 assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape, f"other shapes in {name}"
         generator.set_state(point["generator"])

@@ -34,11 +34,11 @@ EXCEPTIONS = {
 SIMULATING = {"mop_td3_collect", "mop_measure"}  # in mujoco.batch; they also load behaviours, which have a LayerNorm
 IN_TWO_FORMS = {"Actor", "Critics", "evaluate"}  # one text in SIMULATING, one in the others
 LINES = {  # above the line that ends the method, in all
-    "mop_td3_collect": (380, 702),
+    "mop_td3_collect": (380, 705),
     "mop_pbrl_teacher": (380, 620),
-    "mop_distill": (380, 682),
-    "mop_ds": (480, 755),
-    "mop_oqs": (480, 784),
+    "mop_distill": (380, 685),
+    "mop_ds": (480, 760),
+    "mop_oqs": (480, 790),
     "mop_measure": (480, 685),
 }
 
