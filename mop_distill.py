@@ -338,7 +338,7 @@ def main():
             for i, task in enumerate(tasks):
                 returns, visited = evaluate_task(i, envs[i])
                 rows.append([now, task, returns])
-                texts.append(write_returns(run_dir, writer, rows, references, 1))
+                texts.append(write_returns(run_dir, writer, rows, references, 1).removeprefix(f"step {now}: "))
                 if m > 1:
                     sample = np.random.default_rng(now).permutation(len(visited))[: args.tau_states or None]
                     taus = layer_taus(student, visited[torch.from_numpy(sample).to(device)], i, m, onehot)
@@ -346,7 +346,7 @@ def main():
                         tau_rows.append([now, task, layer, *values])
                         writer.add_scalar(f"tau_layer{layer}/{task}", values[0], now)
                     texts[-1] += " tau " + ", ".join(f"{row[3]:.2f}" for row in tau_rows[-2:])
-            progress.write(f"{'; '.join(texts)}; loss {metrics['loss/total'].item():.2g}")
+            progress.write(f"step {now}: {'; '.join(texts)}; loss {metrics['loss/total'].item():.2g}")
             write_taus(run_dir, tau_rows)
             save_point(run_dir, args, now, modules, generator, [table], rows, tau_rows=tau_rows)
     progress.close()

@@ -3,7 +3,8 @@
   python benchmark/speed.py                        # everything; table, and JSON in benchmark/results/
   python benchmark/speed.py --works pbrl distill   # some of it
   python benchmark/speed.py --peer peer.py:make    # another implementation in the same run
-  python benchmark/speed.py --device cuda --cuda-graph 10 --tf32
+  python benchmark/speed.py --matmul-precision medium         # the loops and their floors in bfloat16 products
+  python benchmark/speed.py --device cuda --cuda-graph --matmul-precision high
 
 A training script is run through its own main() on a made-up dataset, with its progress bar replaced by a clock, so that
 nothing of the loop is left out or copied. The floor of a step is the time of its matrix products alone, each shape at
@@ -56,10 +57,10 @@ class Args:
     """where the training loops run"""
     threads: int = 0
     """CPU threads; 0: all cores"""
-    tf32: bool = False
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """the scripts' flag"""
-    cuda_graph: int = 0
-    """the scripts' flag (TD3: 1 where this is above 0); --steps must be a multiple of it"""
+    cuda_graph: bool = False
+    """the scripts' flag"""
     rounds: int = 5
     """rounds of a loop and its floor, after one to warm up"""
     steps: int = 20
@@ -69,7 +70,7 @@ class Args:
     peer: str | None = None
     """FILE.py:FUNCTION that makes another implementation's functions"""
     output: str | None = None
-    """JSON to write; default: benchmark/results/<device>-<threads>-threads[-<works, if not all>].json"""
+    """JSON to write; default: benchmark/results/<device>-<threads>-threads[-<precision>][-<works, if not all>].json"""
 
 
 # -------------------------------------------------------------------------------------------------------------- floors
@@ -185,8 +186,9 @@ class Clock:
 @torch.no_grad()
 def one_state(policy, env, device) -> list[float]:
     """In place of a script's evaluate: one call of the policy, no episodes."""
-    policy(torch.zeros(env.n, env.obs_dim, device=device))
-    return [0.0] * env.n
+    n = env.n if hasattr(env, "n") else len(env)  # a LockstepEnv or a list of environments
+    policy(torch.zeros(n, OBS, device=device))
+    return [0.0] * n
 
 
 def run_loop(module, argv: list, on_round, steps: int, device: str) -> None:
@@ -220,10 +222,10 @@ def shares(profile, device: str) -> dict:
     return {"sampling": found.pop("sampling"), "forward and the rest": rest, **found}
 
 
-def overheads(folder: Path, threads: int) -> tuple[float, float]:
+def overheads(folder: Path) -> tuple[float, float]:
     """Seconds of one evaluation (10 episodes) and of one log (8 scalars read from tensors and written)."""
-    actor, env = mop_distill.Actor(OBS, ACT, 256), mop_distill.LockstepEnv("walker-walk", 10, threads)
-    evaluation = median_time(lambda: mop_distill.evaluate(actor, env, torch.device("cpu")), 3)
+    actor, envs = mop_distill.Actor(OBS, ACT, 256), mop_distill.make_envs("walker-walk", 10)
+    evaluation = median_time(lambda: mop_distill.evaluate(actor, envs, torch.device("cpu")), 3)
     writer, values = mop_distill.SummaryWriter(folder / "log"), torch.rand(8)
     log = median_time(lambda: [writer.add_scalar(f"log/{i}", v.item(), 0) for i, v in enumerate(values)], 50)
     writer.close()
@@ -232,8 +234,8 @@ def overheads(folder: Path, threads: int) -> tuple[float, float]:
 
 def time_loop(module, argv: list, products: list, args, tasks: int, overhead: tuple, peer=None) -> dict:
     """Rounds of a script's loop, of its floor and of the peer in turn, then a profiled round of the eager loop."""
-    cuda, graph = args.device == "cuda", args.cuda_graph if module is not mop_td3_collect else min(args.cuda_graph, 1)
-    flags, loop, floors, peers = (["--tf32"] if args.tf32 else []), [], [], []
+    cuda, flags = args.device == "cuda", ["--matmul-precision", args.matmul_precision]
+    loop, floors, peers = [], [], []
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
     profiler, name = torch.profiler.profile(activities=activities), module.__name__
 
@@ -254,7 +256,7 @@ def time_loop(module, argv: list, products: list, args, tasks: int, overhead: tu
             profiler.stop()
             raise Enough
 
-    timed = [*argv, *flags, "--cuda-graph", graph, "--run-dir", f"{name}-timed"]
+    timed = [*argv, *flags, *(["--cuda-graph"] if args.cuda_graph else []), "--run-dir", f"{name}-timed"]
     run_loop(module, timed, on_round, args.steps, args.device)
     run_loop(module, [*argv, *flags, "--run-dir", f"{name}-profiled"], on_profiled_round, args.steps, args.device)
     ours, least = statistics.median(loop[1:]), statistics.median(floors)
@@ -325,7 +327,7 @@ def time_works(args, folder: Path, peer) -> dict:
     loop = [*common, "--eval-every", total, "--gradient-steps", total]
     data = [made_up_dataset(folder / f"{task}.npz", task, 100_000) for task in tasks]
     loops = {"pbrl", "distill", "td3"} & set(args.works)
-    overhead = overheads(folder, args.threads) if loops else None
+    overhead = overheads(folder) if loops else None
     if {"pbrl", "distill"} & set(args.works):
         tiny = [*common, "--eval-every", 10**9, "--gradient-steps", 1, "--batch-size", 8]
         teachers = [folder / f"{task}.pt" for task in tasks]
@@ -351,19 +353,21 @@ def time_works(args, folder: Path, peer) -> dict:
             argv += ["--num-transitions", 1000, "--eval-every", total, *common]
             results[work] = time_loop(mop_td3_collect, argv, td3_products(), args, 1, overhead, other)
         elif work == "evaluation":
-            actor, env = mop_distill.Actor(OBS, ACT, 256), mop_distill.LockstepEnv(tasks[1], 10, args.threads)
+            actor, envs = mop_distill.Actor(OBS, ACT, 256), mop_distill.make_envs(tasks[1], 10)
             ours, peers = [], []
             for _ in range(args.rounds):
-                ours.append(median_time(lambda actor=actor, env=env: mop_distill.evaluate(actor, env, cpu), 1))
+                ours.append(median_time(lambda actor=actor, envs=envs: mop_distill.evaluate(actor, envs, cpu), 1))
                 peers += [median_time(other, 1)] if other else []
             results[work] = {"seconds": statistics.median(ours), "rounds": ours}
             results[work] |= {"peer": statistics.median(peers)} if peers else {}
         elif work == "collect":
             actor = mop_distill.Actor(OBS, ACT, 256)
             start = time.perf_counter()
-            options = {"num_envs": mop_td3_collect.Args.num_envs, "seed": 1, "device": cpu, "threads": args.threads}
-            mop_td3_collect.collect(actor, tasks[1], "online", args.transitions, **options)
-            results[work] = {"seconds": (time.perf_counter() - start) * 1e6 / args.transitions}
+            episodes = -(-args.transitions // 1000)
+            n = min(episodes, mop_td3_collect.Args.num_envs)
+            env = mop_td3_collect.LockstepEnv(tasks[1], n, args.threads)
+            mop_td3_collect.collect(actor, env, np.arange(episodes), episodes, "online", None, cpu)
+            results[work] = {"seconds": (time.perf_counter() - start) * 1e3 / episodes}
         elif work == "load":
             path = made_up_dataset(folder / "large.npz", tasks[0], args.transitions)
             seconds = median_time(lambda path=path: mop_distill.load_dataset(path, tasks[0]), 3)
@@ -390,9 +394,7 @@ def main():
     file, _, name = (args.peer or "").partition(":")
     if args.peer and not (Path(file).is_file() and name):
         raise SystemExit(f"speed.py: error: --peer {args.peer}: expected FILE.py:FUNCTION, an existing file")
-    if args.cuda_graph and args.steps % args.cuda_graph:
-        raise SystemExit(f"speed.py: error: --steps {args.steps}: not a multiple of --cuda-graph {args.cuda_graph}")
-    mop_distill.select_device(args.device, args.threads, args.tf32)
+    mop_distill.select_device(args.device, args.threads, args.matmul_precision)
     peer = load_peer(args)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # the scripts write to runs/ and data/
         results = time_works(args, Path(folder), peer)
@@ -413,7 +415,8 @@ def main():
     if "memory" in results:
         sizes = "{gib} GiB at its peak, {gib_imports} of them imports; the dataset file has {gib_file}"
         print(f"memory of a PBRL run on {args.transitions} transitions: {sizes.format(**results['memory'])}")
-    name = "-".join([f"{args.device}-{machine['threads']}-threads", *(args.works if args.works != Args.works else ())])
+    name = [f"{args.device}-{machine['threads']}-threads", *(args.works if args.works != Args.works else ())]
+    name = "-".join(name[:1] + [args.matmul_precision] * (args.matmul_precision != "highest") + name[1:])
     path = Path(args.output or ROOT / f"benchmark/results/{name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     mop_distill.write_atomic(path, lambda file: file.write((json.dumps(report, indent=1) + "\n").encode()))
