@@ -39,7 +39,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from dm_control import suite
-from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -51,7 +50,7 @@ DATASET = {"observations": (np.float32, 2), "actions": (np.float32, 2), "rewards
 DATASET |= {"next_observations": (np.float32, 2), "terminals": (bool, 1), "timeouts": (bool, 1)}
 DATASET |= {"physics": (np.float64, 2)}
 MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "exploration_noise", "ood_noise", "beta_in"}
-MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
+MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts", "tau_states"}
 LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024}  # of flags
 LAPTOP = {"gradient_steps": 50_000, "learning_rate": 1e-3}  # --scale laptop
 
@@ -209,16 +208,32 @@ def listwise_loss(x, y) -> torch.Tensor:
     return -(y.softmax(dim=1) * x.log_softmax(dim=1)).sum(dim=1)
 
 
-def pairwise_loss(x, y) -> torch.Tensor:
-    """sum_ij log(1 + exp(-(x_i - x_j) (y_i - y_j))), (R, n) -> (R,); (16, n, n) terms are kept at a time."""
+class PairwiseLoss(torch.autograd.Function):
+    """sum_ij log(1 + exp(-(x_i - x_j) (y_i - y_j))), (R, n) -> (R,).
 
-    def part(x, y):
-        return F.softplus((x[:, None] - x[:, :, None]) * (y[:, :, None] - y[:, None])).sum(dim=(1, 2))
+    The (R, n, n) terms are made a few rows at a time and their gradient with them: memory stays that of x and y. With
+    s_ij = sigmoid(-(x_i - x_j) (y_i - y_j)), d/dx_i = - 2 sum_j s_ij (y_i - y_j), and the same for y.
+    """
 
-    parts = zip(x.split(16), y.split(16), strict=True)
-    return torch.cat([checkpoint(part, *pair, use_reentrant=False, preserve_rng_state=False) for pair in parts])
+    @staticmethod
+    def forward(ctx, x, y):
+        losses, gradients = [], []
+        for a, b in zip(x.split(16), y.split(16), strict=True):  # (r, n)
+            terms = a[:, None, :] - a[:, :, None]
+            terms.mul_(b[:, :, None] - b[:, None, :])  # -(a_i - a_j)(b_i - b_j), (r, n, n)
+            losses.append(F.softplus(terms).sum(dim=(1, 2)))
+            s = terms.sigmoid_()
+            sums = s @ torch.stack([torch.ones_like(a), a, b], dim=2)  # sum_j s_ij, s_ij x_j, s_ij y_j: (r, n, 3)
+            gradients.append(-2 * torch.stack([sums[..., 0] * b - sums[..., 2], sums[..., 0] * a - sums[..., 1]]))
+        ctx.save_for_backward(*torch.cat(gradients, dim=1))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(grad[:, None] * gradient for gradient in ctx.saved_tensors)
 
 
+pairwise_loss = PairwiseLoss.apply
 RANKING_LOSSES = {"ndcg": ndcg_loss, "pairwise": pairwise_loss, "listwise": listwise_loss}
 
 
@@ -258,6 +273,7 @@ def layer_taus(student: Actor, obs: torch.Tensor, i: int, m: int, onehot: int) -
 
 def main():
     args, point = parse_args(Args, LAPTOP)
+    torch.set_flush_denormal(args.regularizer == "pairwise")  # its sigmoids underflow, and such numbers are slow
     device = select_device(args.device, args.threads, args.matmul_precision)
     tasks, m = args.tasks, len(args.tasks)
     envs = [make_envs(task, args.eval_episodes) for task in tasks]

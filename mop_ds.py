@@ -46,18 +46,11 @@ DATASET = {"observations": (np.float32, 2), "actions": (np.float32, 2), "rewards
 DATASET |= {"next_observations": (np.float32, 2), "terminals": (bool, 1), "timeouts": (bool, 1)}
 DATASET |= {"physics": (np.float64, 2)}
 MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "exploration_noise", "ood_noise", "beta_in"}
-MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
+MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts", "tau_states"}
 LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024}  # of flags
 LAPTOP = {"gradient_steps": 50_000, "learning_rate": 1e-3}  # --scale laptop: of the student, and
-LAPTOP |= {
-    "teacher_steps": 60_000,
-    "teacher_batch_size": 256,
-    "num_ood": 1,
-    "teacher_learning_rate": 3e-4,
-    "tau": 0.02,
-    "actor_tau": 0.02,
-    "beta_ood_decay": 0.9999,
-}  # of mop_pbrl_teacher.py
+LAPTOP |= {"teacher_steps": 30_000, "teacher_batch_size": 256, "num_ood": 1, "teacher_learning_rate": 3e-4, "tau": 0.02}
+LAPTOP |= {"actor_tau": 0.02, "policy_noise": 0.05, "beta_ood_decay": 0.9997, "bc_coef": 1.0}  # of mop_pbrl_teacher.py
 
 
 @dataclass

@@ -66,6 +66,22 @@ def test_a_tiny_run_with_a_peer(tmp_path, monkeypatch, capsys):
     assert str(tmp_path) not in (tmp_path / "speed.json").read_text()  # nothing of this machine's folders
 
 
+def test_the_precision_reaches_the_loop_and_its_floor(tmp_path, monkeypatch, capsys):
+    seen, floor = [], speed.floor
+    loss = distill.mse_loss
+    spy = lambda where, f: lambda *a: (seen.append((where, torch.get_float32_matmul_precision())), f(*a))[1]  # noqa: E731
+    monkeypatch.setattr(speed, "floor", spy("floor", floor))
+    monkeypatch.setattr(distill, "mse_loss", spy("loop", loss))
+    options = ["--works", "distill", "--rounds", "1", "--steps", "1", "--threads", "1", "--matmul-precision", "medium"]
+    monkeypatch.setattr(sys, "argv", ["speed.py", *options, "--output", f"{tmp_path}/speed.json"])
+    try:
+        speed.main()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {("floor", "medium"), ("loop", "medium")}
+    assert json.loads((tmp_path / "speed.json").read_text())["args"]["matmul_precision"] == "medium"
+
+
 def test_a_peer_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["speed.py", "--works", "load", "--transitions", "10", "--peer", "none.py:make"])
     with pytest.raises(SystemExit, match=r"none\.py:make: expected FILE\.py:FUNCTION"):

@@ -15,7 +15,6 @@ EXCEPTIONS = {
     "__doc__": "each script's own",
     "load_inputs": "each script's own inputs",
     "LAPTOP": "each script's own flags",
-    "LAPTOP |=": "each script's own flags",
     "Args.tasks": "of a teacher: the naive multi-task variant, none by default",
     "Args.output": "each script writes another kind of file",
     "Args.run_dir": "mop_measure.py has no settings in its default name",
@@ -36,7 +35,7 @@ IN_TWO_FORMS = {"Actor", "Critics", "evaluate"}  # one text in SIMULATING, one i
 LINES = {  # above the line that ends the method, in all
     "mop_td3_collect": (380, 705),
     "mop_pbrl_teacher": (380, 620),
-    "mop_distill": (380, 685),
+    "mop_distill": (390, 700),
     "mop_ds": (480, 760),
     "mop_oqs": (480, 790),
     "mop_measure": (480, 685),

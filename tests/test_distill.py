@@ -23,7 +23,7 @@ def test_mse_loss_equals_a_plain_loop():
             error = teacher(s[None])[0] - student(torch.cat([s, torch.tensor([float(i)])])[None])[0]
             total += (error**2).sum().item() / (3 * 7)
     x = torch.cat([distill.add_task(states[i], i) for i in range(3)])
-    targets = torch.cat([distill.in_parts(t, states[i], rows=3) for i, t in enumerate(teachers)]).detach()
+    targets = torch.cat([t(states[i]) for i, t in enumerate(teachers)]).detach()
     loss = distill.mse_loss(student, x, targets).mean()
     assert loss.item() == pytest.approx(total, rel=1e-5)
     loss.backward()
@@ -40,12 +40,12 @@ def test_the_student_fits_its_teachers(run_main, tmp_path):
     options += ["--learning-rate", 1e-3, "--eval-every", 600, "--eval-episodes", 1, "--final-eval-episodes", 2]
     options += ["--threads", 1]
     result = run_main(distill, *options, "--batch-size", 128)
-    assert result["files"][0] == "run/student.pt" and (tmp_path / "run/learning_curve.png").stat().st_size > 5000
+    assert result["files"][0] == "run/student.pt"
     checkpoint = distill.load_checkpoint(tmp_path / "run/student.pt", ("student",))
-    student = distill.load_actor(checkpoint, "student")
+    student = distill.load_network(distill.Actor, checkpoint, "student")
     for i in range(2):
         obs = torch.from_numpy(arrays[i]["observations"])
-        teacher = distill.load_actor(torch.load(teachers[i], weights_only=True), "teacher")
+        teacher = distill.load_network(distill.Actor, torch.load(teachers[i], weights_only=True), "teacher")
         with torch.no_grad():
             error = (teacher(obs) - student(distill.add_task(obs, i))).square().sum(1).mean()
             wrong = (teacher(obs) - student(distill.add_task(obs, 1 - i))).square().sum(1).mean()
@@ -64,16 +64,17 @@ def test_an_unknown_loss_is_refused(run_main):
 
 def test_kl_loss_equals_torch_distributions():
     torch.manual_seed(0)
-    student = distill.Actor(6, 3, 16, log_std=(-5.0, 0.0)).double()
-    x, mean, log_std = torch.randn(9, 6).double(), torch.randn(9, 3).double(), torch.randn(9, 3).double()
-    teacher = torch.distributions.Normal(mean, log_std.exp())
-    own_mean, own_log_std = student.gaussian(x)
-    expected = torch.distributions.kl_divergence(torch.distributions.Normal(own_mean, own_log_std.exp()), teacher)
-    loss = distill.kl_loss(student, x, mean, log_std)
-    torch.testing.assert_close(loss, expected.sum(dim=1), rtol=1e-10, atol=1e-10)
+    student, bounds = distill.Actor(6, 6, 16).double(), (-4.0, 1.0)
+    x, said = torch.randn(9, 6).double(), torch.rand(9, 6).double() * 2 - 1  # a teacher's means and unscaled log stds
+    student_normal, teacher_normal = (
+        torch.distributions.Normal(out[:, :3], (-4 + 2.5 * (out[:, 3:] + 1)).exp()) for out in (student(x), said)
+    )
+    expected = torch.distributions.kl_divergence(student_normal, teacher_normal).sum(dim=1)
+    loss = distill.kl_loss(student, x, said, bounds)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
     loss.mean().backward()
     assert all(p.grad.abs().sum() > 0 for p in student.parameters())
-    assert distill.kl_loss(student, x, own_mean, own_log_std).abs().max() < 1e-12
+    assert distill.kl_loss(student, x, student(x), bounds).abs().max() < 1e-12
 
 
 def test_q_loss_equals_a_plain_loop():
@@ -132,12 +133,41 @@ def test_pairwise_loss_equals_a_plain_loop_and_so_does_its_gradient():
             torch.log(1 + torch.exp(-(a[r, i] - a[r, j]) * (b[r, i] - b[r, j]))) for i in range(6) for j in range(6)
         ]
         expected.append(sum(terms))
-    loss, weights = distill.PairwiseLoss.apply(x, y), torch.rand(19, dtype=torch.double)
+    loss, weights = distill.pairwise_loss(x, y), torch.rand(19, dtype=torch.double)
     torch.testing.assert_close(loss, torch.stack(expected))
     (loss * weights).sum().backward()
     (torch.stack(expected) * weights).sum().backward()
     torch.testing.assert_close(x.grad, a.grad)
     torch.testing.assert_close(y.grad, b.grad)
+
+
+def test_kendall_tau_by_definition_and_against_scipy():
+    """With ties, rows in several parts, and a constant row: tau-a 0, tau-b undefined."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(70, 11, generator=generator).clamp(min=0)  # as after a ReLU
+    y = torch.randint(-3, 3, (70, 11), generator=generator).float()
+    x[5] = 0
+    tau_a, tau_b = distill.kendall_tau(x, y, rows=32)
+    expected = []
+    for a, b in zip(x.tolist(), y.tolist(), strict=True):
+        signs = [np.sign(a[i] - a[j]) * np.sign(b[i] - b[j]) for i in range(11) for j in range(i)]
+        expected.append(2 * sum(signs) / (11 * 10))
+    np.testing.assert_allclose(tau_a.numpy(), expected, rtol=1e-12)
+    expected = [kendalltau(a, b)[0] for a, b in zip(x.numpy(), y.numpy(), strict=True)]
+    np.testing.assert_allclose(tau_b.numpy(), expected, rtol=1e-10)
+    assert tau_b.isnan().nonzero().tolist() == [[5]] and tau_a[5] == 0
+    assert distill.kendall_tau(y, y)[1].tolist() == pytest.approx([1.0] * 70)
+
+
+def test_layer_taus_compare_each_layer_with_every_other_id():
+    student, obs = distill.Actor(4 + 3, 2, 8), torch.randn(6, 4)
+    taus = distill.layer_taus(student, obs, 1, 3, 3)
+    assert len(taus) == 2
+    for layer, found in enumerate(taus):
+        own, *others = (distill.hidden_layers(student, distill.add_task(obs, i, 3))[layer] for i in (1, 0, 2))
+        tau_a, tau_b = (torch.cat(tau) for tau in zip(*(distill.kendall_tau(own, o) for o in others), strict=True))
+        expected = tau_a.mean().item(), tau_a.std().item(), np.nanmean(tau_b.numpy())
+        assert found == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ["ndcg", "pairwise", "listwise"])
@@ -166,7 +196,7 @@ def test_pairwise_at_width_512_and_batch_1024_fits_in_4_gib():
 import resource, torch, mop_distill as d
 student, obs = d.Actor(25, 6, 512), torch.randn(2048, 24)
 x, other = (torch.cat([d.add_task(obs[:1024], i), d.add_task(obs[1024:], 1 - i)]) for i in (0, 1))
-d.ranking_regularizer(d.PairwiseLoss.apply, student, x, [other]).mean().backward()
+d.ranking_regularizer(d.pairwise_loss, student, x, [other]).mean().backward()
 assert student.net[0].weight.grad.abs().sum() > 0
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # KiB on Linux
 """
@@ -208,9 +238,10 @@ def tiny_run(run_main, tmp_path, *options, tasks=("walker-stand", "walker-walk")
 def test_runs_with_other_losses(run_main, tmp_path, options):
     log_std = (-5.0, 0.0) if "kl" in options else None
     result, student = tiny_run(run_main, tmp_path, *options, log_std=log_std)
-    assert student["sizes"]["log_std"] == log_std and len(result["tau"]["walker-walk"]) == 2
-    actor = distill.load_actor(student, "student")
-    assert actor(torch.zeros(3, 25)).shape == (3, 6)
+    found = student["sizes"]["log_std"]
+    assert (found and tuple(found)) == log_std and len(result["tau"]["walker-walk"]) == 2
+    actor = distill.load_network(distill.Actor, student, "student")
+    assert actor(torch.zeros(3, 25)).shape == (3, 12 if log_std else 6)
 
 
 def test_three_tasks_with_flags(run_main, tmp_path):
@@ -233,12 +264,12 @@ def test_a_regularizer_raises_tau(run_main, tmp_path, name):
 
 def test_tau_of_the_visited_states(run_main, tmp_path):
     """tau.csv holds the mean over all states of the evaluation: recomputed from the final student with scipy."""
-    _, checkpoint = tiny_run(run_main, tmp_path)
+    _, checkpoint = tiny_run(run_main, tmp_path, "--tau-states", 0)
     lines = (tmp_path / "run/tau.csv").read_text().splitlines()
     assert lines[0] == "step,task,layer,tau_a_mean,tau_a_std,tau_b_mean" and len(lines) == 1 + 4
-    actor, env = distill.load_actor(checkpoint, "s"), distill.LockstepEnv("walker-walk", 1, 1)
+    actor, envs = distill.load_network(distill.Actor, checkpoint, "s"), distill.make_envs("walker-walk", 1)
     states = []
-    distill.evaluate(lambda obs: (states.append(obs), actor(distill.add_task(obs, 1)))[1], env, torch.device("cpu"))
+    distill.evaluate(lambda obs: (states.append(obs), actor(distill.add_task(obs, 1)))[1], envs, torch.device("cpu"))
     states = torch.cat(states)
     for layer in range(2):
         x, y = (distill.hidden_layers(actor, distill.add_task(states, i))[layer].numpy() for i in (1, 0))
@@ -246,7 +277,20 @@ def test_tau_of_the_visited_states(run_main, tmp_path):
         sign = [np.sign(a[:, None] - a) * np.sign(b[:, None] - b) for a, b in zip(x, y, strict=True)]
         tau_a = [s.sum() / (16 * 15) for s in sign]
         row = next(line.split(",") for line in lines if line.startswith(f"40,walker-walk,{layer + 1},"))
-        assert [float(v) for v in row[3:]] == pytest.approx([np.mean(tau_a), np.std(tau_a), tau_b], abs=1e-6)
+        assert len(tau_a) == 1000
+        assert [float(v) for v in row[3:]] == pytest.approx([np.mean(tau_a), np.std(tau_a, ddof=1), tau_b], abs=1e-6)
+
+
+def test_tau_of_a_sample_of_the_visited_states(run_main, tmp_path, monkeypatch):
+    """--tau-states N: N of the states, each at most once, the same ones of an evaluation in every run."""
+    seen, layer_taus = [], distill.layer_taus
+    spy = lambda student, obs, *ids: (seen.append(obs), layer_taus(student, obs, *ids))[1]  # noqa: E731
+    monkeypatch.setattr(distill, "layer_taus", spy)
+    for i in range(2):
+        tiny_run(run_main, tmp_path, "--tau-states", 50, "--run-dir", f"run{i}")
+    assert [len(obs.unique(dim=0)) for obs in seen] == [50] * 4
+    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])
+    assert (tmp_path / "run0/tau.csv").read_text() == (tmp_path / "run1/tau.csv").read_text()
 
 
 def test_states_of_other_files(run_main, tmp_path):
@@ -254,9 +298,9 @@ def test_states_of_other_files(run_main, tmp_path):
     other = make_arrays(100, seed=5)
     paths = [write_dataset(tmp_path / f"states{i}.npz", "walker-run", other) for i in range(2)]
     _, checkpoint = tiny_run(run_main, tmp_path, "--states", *paths, steps=1500)
-    actor, obs = distill.load_actor(checkpoint, "s"), torch.from_numpy(other["observations"])
+    actor, obs = distill.load_network(distill.Actor, checkpoint, "s"), torch.from_numpy(other["observations"])
     elsewhere = torch.from_numpy(make_arrays(100, seed=9)["observations"])
-    teacher = distill.load_actor(torch.load(tmp_path / "t1.pt", weights_only=True), "t")
+    teacher = distill.load_network(distill.Actor, torch.load(tmp_path / "t1.pt", weights_only=True), "t")
     errors = [(teacher(s) - actor(distill.add_task(s, 1))).square().sum(1).mean().item() for s in (obs, elsewhere)]
     assert errors[0] < 0.5 * errors[1]
 

@@ -13,6 +13,7 @@ from dm_control import suite
 import mop_ds as ds
 import mop_oqs as oqs
 from conftest import ROOT, make_arrays, write_dataset, write_teacher
+from test_loops import World
 
 BUNDLED = {task: ROOT / f"pretrained/{task}-medium.npz" for task in ("walker-stand", "walker-walk")}
 
@@ -31,20 +32,20 @@ def test_relabelled_rewards_are_those_of_dm_control(task):
             with env.physics.reset_context():
                 env.physics.set_state(state)
             expected.append(env.task.get_reward(env.physics))
-        found = ds.compute_rewards(task, physics, actions, threads=1)
+        found = ds.compute_rewards(task, physics, actions)
         np.testing.assert_allclose(found, expected, atol=1e-6)
         assert found.std() > 0.01
 
 
-def test_rewards_of_a_task_without_array_functions():
-    """cheetah-run in dm_control, one state after the other, equals the rewards of a real rollout."""
+def test_rewards_of_another_domain():
+    """cheetah-run: equal to the rewards of a real rollout."""
     env, rng = suite.load("cheetah", "run", task_kwargs={"random": 1}), np.random.default_rng(0)
     env.reset()
     rewards, states, actions = [], [], rng.uniform(-1, 1, (60, 6))
     for action in actions:
         rewards.append(env.step(action).reward)
         states.append(env.physics.get_state())
-    found = ds.compute_rewards("cheetah-run", np.array(states), actions, threads=1)
+    found = ds.compute_rewards("cheetah-run", np.array(states), actions)
     np.testing.assert_allclose(found, rewards, atol=1e-6)
     assert max(rewards) > 0.02
 
@@ -57,51 +58,49 @@ def test_rewards_that_depend_on_the_action():
     for action in actions:
         rewards.append(env.step(action).reward)
         states.append(env.physics.get_state())
-    found = ds.compute_rewards("cartpole-balance", np.array(states), actions, threads=1)
+    found = ds.compute_rewards("cartpole-balance", np.array(states), actions)
     np.testing.assert_allclose(found, rewards, atol=1e-6)
-    assert np.abs(ds.compute_rewards("cartpole-balance", np.array(states), 0 * actions, 1) - rewards).max() > 1e-3
+    assert np.abs(ds.compute_rewards("cartpole-balance", np.array(states), 0 * actions) - rewards).max() > 1e-3
 
 
-def test_relabelling_happens_once_per_content(tmp_path, monkeypatch, capsys):
+def test_relabelling_happens_once_per_content(tmp_path, monkeypatch):
     arrays, calls = make_arrays(50), []
     path = write_dataset(tmp_path / "d.npz", arrays=arrays)
     compute = ds.compute_rewards
     monkeypatch.setattr(ds, "compute_rewards", lambda *a: (calls.append(a[0]), compute(*a))[1])
-    first = ds.relabel(path, arrays, "walker-walk", 1)
+    first = ds.relabel(path, arrays, "walker-walk")
     (cache,) = tmp_path.glob("*.npy")
-    assert cache.name.startswith("d.walker-walk-") and "50 rewards of walker-walk" in capsys.readouterr().out
-    again = ds.relabel(path, arrays, "walker-walk", 1)
-    assert np.array_equal(first, again) and calls == ["walker-walk"] and not capsys.readouterr().out
-    ds.relabel(path, arrays, "walker-run", 1)  # another task
+    assert cache.name.startswith("d.walker-walk-")
+    again = ds.relabel(path, arrays, "walker-walk")
+    assert np.array_equal(first, again) and calls == ["walker-walk"]
+    ds.relabel(path, arrays, "walker-run")  # another task
     changed = {**arrays, "physics": arrays["physics"] + 1e-9}
-    ds.relabel(path, changed, "walker-walk", 1)  # other content under the same name
+    ds.relabel(path, changed, "walker-walk")  # other content under the same name
     assert calls == ["walker-walk", "walker-run", "walker-walk"] and len(list(tmp_path.glob("*.npy"))) == 3
     for broken in (b"", cache.read_bytes()[:-9], b"text"):
         cache.write_bytes(broken)
-        assert np.array_equal(ds.relabel(path, arrays, "walker-walk", 1), first)
+        assert np.array_equal(ds.relabel(path, arrays, "walker-walk"), first)
     assert len(calls) == 6 and np.array_equal(np.load(cache), first)
 
 
 # ------------------------------------------------------------------------------------------- a line with two targets
-class LineWorld:
+class LineWorld(World):
     """s' = s + 0.25 a on [-1, 1], 20 steps from near 0; line-right earns (1 + s') / 2, line-left (1 - s') / 2."""
 
-    obs_dim, action_dim, state_dim, episode_length = 1, 1, 1, 20
+    obs_dim, action_dim, _step_limit = 1, 1, 20
 
-    def __init__(self, task, n, threads=0):
-        self.task, self.n = task, n
+    def start(self):
+        return self.random.uniform(-0.1, 0.1, 1)
 
-    def reset(self, seeds):
-        self.s = np.array([np.random.default_rng(seed).uniform(-0.1, 0.1, 1) for seed in seeds], np.float32)
-        return self.s
+    def move(self, s, action):
+        return np.clip(s + 0.25 * action, -1, 1)
 
-    def step(self, actions):
-        self.s = np.clip(self.s + 0.25 * actions, -1, 1)
-        return self.s, self.reward(self.task, self.s)
+    def get_reward(self, physics):
+        return line_reward(self.name, physics.state)[0]
 
-    @staticmethod
-    def reward(task, s, *_):
-        return ((1 + s[:, 0]) / 2 if task == "line-right" else (1 - s[:, 0]) / 2).astype(np.float32)
+
+def line_reward(task, s):
+    return ((1 + s) / 2 if task == "line-right" else (1 - s) / 2).astype(np.float32)
 
 
 BEST = sum((1 + min(0.25 * t, 1)) / 2 for t in range(1, 21))  # always towards the target, from 0
@@ -112,13 +111,12 @@ def line(tmp_path, monkeypatch):
     """Each task's own data only ever goes the wrong way; the other task's data holds the right one."""
     rng = np.random.default_rng(0)
     for module in (ds, oqs):
-        monkeypatch.setattr(module, "LockstepEnv", LineWorld)
-        monkeypatch.setattr(module, "compute_rewards", LineWorld.reward)
+        monkeypatch.setattr(module, "make_envs", LineWorld.make)
     for task, sign in (("line-right", -1), ("line-left", 1)):
         s = rng.uniform(-1, 1, (2000, 1)).astype(np.float32)
         a = (sign * rng.uniform(0.2, 1, (2000, 1))).astype(np.float32)
         after = np.clip(s + 0.25 * a, -1, 1)
-        arrays = {"observations": s, "actions": a, "rewards": LineWorld.reward(task, after), "physics": after}
+        arrays = {"observations": s, "actions": a, "rewards": line_reward(task, after)[:, 0], "physics": after}
         arrays |= {"next_observations": after, "terminals": np.zeros(2000, bool), "timeouts": np.zeros(2000, bool)}
         write_dataset(tmp_path / f"data/{task}-medium.npz", task, arrays)
     options = ["--tasks", "line-right", "line-left", "--teacher-steps", 600, "--teacher-hidden", 32, "--hidden", 32]
@@ -129,7 +127,7 @@ def line(tmp_path, monkeypatch):
 
 
 def student_action(module, path, s, task_id):
-    actor = module.load_actor(torch.load(path, weights_only=True), path)
+    actor = module.load_network(module.Actor, torch.load(path, weights_only=True), path)
     return actor(module.add_task(torch.tensor(s, dtype=torch.float32)[:, None], task_id))[:, 0]
 
 
@@ -151,7 +149,8 @@ def test_data_sharing_finds_what_the_own_data_lacks(run_main, line, tmp_path):
 
 
 def test_q_switch_prefers_the_teacher_from_the_other_tasks_data(run_main, line, tmp_path):
-    result = run_main(oqs, *line, "--teachers", "train", "train", "--bc-coef", 1)
+    """Teachers of one seed: with streams of their own some values are off, and a wrong teacher wins near the edges."""
+    result = run_main(oqs, *line, "--teachers", "train", "train", "--bc-coef", 1, "--common-seed")
     for task, other in (("line-right", "line-left"), ("line-left", "line-right")):
         row = result["returns"][task]
         assert row[f"from {task}"] < 0.6 * BEST  # the MOP teacher: its data only goes the wrong way
@@ -335,9 +334,9 @@ def test_teachers_of_mop_are_found_and_passed_on(run_main, tmp_path):
         (["--tasks", "walker-walk", "cheetah-run"], ["one domain", "cheetah-run"]),
         (["--teachers", "a.pt"], ["--teachers", "found 1"]),
         (["--data", "a.npz"], ["--level, --data"]),
-        (["--teacher-steps", "0"], ["--teacher-steps", "positive"]),
+        (["--teacher-steps", "0"], ["--teacher-steps", "above 0"]),
         (["--num-critics", "1"], ["--num-critics"]),
-        (["--teachers", "a.pt", "b.pt"], ["a.pt: no such checkpoint"]),
+        (["--teachers", "a.pt", "b.pt"], ["a.pt: expected a readable checkpoint"]),
     ],
 )
 def test_bad_input(run_main, tmp_path, module, options, words):

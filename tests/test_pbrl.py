@@ -1,5 +1,7 @@
 """PBRL's losses against a plain loop written from the formulas, and the wiring of an update."""
 
+import zlib
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -8,9 +10,15 @@ import torch
 
 import mop_pbrl_teacher as pbrl
 from conftest import make_arrays, write_dataset
-from test_td3 import plain_critic
 
 K, B, OBS, ACT, N_OOD = 4, 6, 5, 2, 3
+
+
+def plain_critic(critics, k, obs, action):
+    """Critic k on one row, layer by layer, from its stacked weights."""
+    h = (torch.cat([obs, action]) @ critics.w1[k] + critics.b1[k, 0]).clamp(min=0)
+    h = (h @ critics.w2[k] + critics.b2[k, 0]).clamp(min=0)
+    return (h @ critics.w3[k] + critics.b3[k, 0])[0]
 
 
 @pytest.fixture
@@ -117,21 +125,34 @@ def test_target_networks_are_read(setup):
     assert len(set(losses)) == 3
 
 
+def test_networks_equal_plain_ones():
+    """Actor and critics layer by layer; the GPU's batched products and the CPU's loop over critics are one function."""
+    actor, critics = pbrl.Actor(OBS, ACT, 16), pbrl.Critics(3, OBS, ACT, 16)
+    obs, action, (w1, b1, w2, b2, w3, b3) = torch.randn(9, OBS), torch.randn(9, ACT), actor.parameters()
+    hidden = ((obs @ w1.T + b1).clamp(min=0) @ w2.T + b2).clamp(min=0)
+    torch.testing.assert_close(actor(obs), (hidden @ w3.T + b3).tanh())
+    values = [[plain_critic(critics, k, o, a) for o, a in zip(obs, action, strict=True)] for k in range(3)]
+    torch.testing.assert_close(critics(obs, action), torch.stack([torch.stack(row) for row in values]))
+    x = torch.cat([obs, action, torch.ones(9, 1)], dim=1).expand(3, 9, OBS + ACT + 1)
+    torch.testing.assert_close(critics(obs, action), critics.network(x, *critics.parameters()))
+    assert all((critics.w1[i] != critics.w1[j]).any() for i in range(3) for j in range(i))
+
+
 def test_gaussian_policy_samples_its_distribution():
     """Bounds of the log std; samples have the mean and std that gaussian() states; one generator, one sequence."""
     torch.manual_seed(0)
     for bounds in ((-5.0, 0.0), (-1.0, 1.0)):
-        actor, obs = pbrl.Actor(OBS, ACT, 16, log_std=bounds), 100 * torch.randn(500, OBS)
-        _, log_std = actor.gaussian(obs)
+        actor, obs = pbrl.Actor(OBS, 2 * ACT, 16), 100 * torch.randn(500, OBS)
+        _, log_std = pbrl.gaussian(actor(obs), bounds)
         assert bounds[0] <= log_std.min() < bounds[0] + 0.3 and bounds[1] - 0.3 < log_std.max() <= bounds[1]
-    actor, obs = pbrl.Actor(OBS, ACT, 16, log_std=(-5.0, 0.0)), torch.randn(1, OBS)
-    mean, log_std = (value.detach() for value in actor.gaussian(obs))
-    samples = pbrl.act(actor, None, torch.Generator().manual_seed(1), obs.expand(40_000, -1)).detach()
+    actor, obs, bounds = pbrl.Actor(OBS, 2 * ACT, 16), torch.randn(1, OBS), (-5.0, 0.0)
+    mean, log_std = (value.detach() for value in pbrl.gaussian(actor(obs), bounds))
+    samples = pbrl.act(actor, torch.Generator().manual_seed(1), bounds, None, obs.expand(40_000, -1)).detach()
     error = log_std.exp() / 200
     assert ((samples.mean(0) - mean).abs() < 5 * error).all() and samples.abs().max() <= 1
     torch.testing.assert_close(samples.std(0), log_std.exp()[0], rtol=0.03, atol=0)
-    assert torch.equal(actor(obs), mean)  # evaluation acts by the mean
-    again = pbrl.act(actor, None, torch.Generator().manual_seed(1), obs.expand(40_000, -1))
+    assert torch.equal(actor(obs)[:, :ACT], mean)  # what evaluate takes: the mean
+    again = pbrl.act(actor, torch.Generator().manual_seed(1), bounds, None, obs.expand(40_000, -1))
     assert torch.equal(samples, again)
 
 
@@ -139,16 +160,15 @@ def test_the_std_is_free_to_shrink():
     """Maximising a Q that is highest at one action drives the std to its bound; the author's tanh keeps it at 1/e."""
     for bounds in ((-5.0, 0.0), (-1.0, 1.0)):
         torch.manual_seed(0)
-        actor, generator = pbrl.Actor(OBS, ACT, 16, log_std=bounds), torch.Generator().manual_seed(0)
+        actor, generator = pbrl.Actor(OBS, 2 * ACT, 16), torch.Generator().manual_seed(0)
         optimizer, obs = torch.optim.Adam(actor.parameters(), lr=1e-2), torch.randn(64, OBS)
         for _ in range(300):
-            loss = pbrl.pbrl_actor_loss(
-                lambda x: pbrl.act(actor, None, generator, x), lambda o, a: -(a - 0.3).square().sum(1)[None], obs, obs
-            )
+            policy = partial(pbrl.act, actor, generator, bounds, None)
+            loss = pbrl.pbrl_actor_loss(policy, lambda o, a: -(a - 0.3).square().sum(1)[None], obs, obs)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        mean, log_std = actor.gaussian(obs)
+        mean, log_std = pbrl.gaussian(actor(obs), bounds)
         assert (mean - 0.3).abs().mean() < 0.05 and log_std.mean().item() < bounds[0] + 0.5
         assert log_std.exp().min() > np.exp(bounds[0]) * 0.999
 
@@ -171,7 +191,7 @@ def test_naive_actor_keeps_learning_after_step_one(run_main, tmp_path):
         weights = [point["actor"][name] for point in points]
         assert all((b - a).abs().max() > 1e-5 for a, b in pairwise(weights)), name
     first = points[0]["actor"]["net.0.weight"]
-    torch.manual_seed(1)
+    torch.manual_seed(zlib.crc32("1 teacher {0} from {0}".format("+".join(tasks[1:])).encode()))
     assert first.shape == (8, 25) and not torch.equal(first, pbrl.Actor(25, 6, 8).state_dict()["net.0.weight"])
     steps = [point["actor_optimizer"]["state"][0]["step"].item() for point in points]
     assert steps == [2, 4, 6]  # every second step, once per task
