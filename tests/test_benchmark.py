@@ -72,6 +72,7 @@ def test_the_precision_reaches_the_loop_and_its_floor(tmp_path, monkeypatch, cap
     spy = lambda where, f: lambda *a: (seen.append((where, torch.get_float32_matmul_precision())), f(*a))[1]  # noqa: E731
     monkeypatch.setattr(speed, "floor", spy("floor", floor))
     monkeypatch.setattr(distill, "mse_loss", spy("loop", loss))
+    monkeypatch.setattr(speed, "overheads", lambda folder: (1.0, 1.0))
     options = ["--works", "distill", "--rounds", "1", "--steps", "1", "--threads", "1", "--matmul-precision", "medium"]
     monkeypatch.setattr(sys, "argv", ["speed.py", *options, "--output", f"{tmp_path}/speed.json"])
     try:
