@@ -12,14 +12,16 @@ datasets is computed once. Per step one batch of every task, in one forward pass
         pairwise, listwise
 
 In:  per task data/<task>-<level>.npz and checkpoints/<task>-<level>-teacher.pt, else the bundled ones in pretrained/.
-Out: student.pt, returns.csv, learning_curve.png, tau.csv (per-state Kendall's tau of the hidden layers between task
-ids) and TensorBoard logs in the run's folder under runs/.
+Out: student.pt, returns.csv, tau.csv (per-state Kendall's tau of the hidden layers between task ids) and TensorBoard
+logs in the run's folder under runs/.
 """
 
 import ctypes
+import fcntl
 import json
 import math
 import os
+import signal
 import sys
 import time
 import zipfile
@@ -44,14 +46,14 @@ from tqdm import tqdm
 
 SCHEMA_VERSION = 1  # of datasets and checkpoints
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; training and collection stay below
-VERSIONS = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
-VERSIONS |= {"numpy": np.__version__, "mujoco": mujoco.__version__}
+VERSIONS = {module.__name__: str(module.__version__) for module in (np, torch, mujoco)}
 DATASET = {"observations": (np.float32, 2), "actions": (np.float32, 2), "rewards": (np.float32, 1)}  # type, dimensions
 DATASET |= {"next_observations": (np.float32, 2), "terminals": (bool, 1), "timeouts": (bool, 1)}
 DATASET |= {"physics": (np.float64, 2)}
 MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "exploration_noise", "ood_noise", "beta_in"}
-MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts", "tau_states"}
+MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
 LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024}  # of flags
+TAU_STATES = 1000  # of an evaluation's states, in which the hidden layers' tau is taken
 LAPTOP = {"gradient_steps": 50_000, "learning_rate": 1e-3}  # --scale laptop
 
 
@@ -104,8 +106,6 @@ class Args:
     """states per task and update"""
     hidden: int = 256
     """width of both hidden layers"""
-    tau_states: int = 1000
-    """states of each evaluation in which the hidden layers' Kendall's tau is taken, at random; 0: all"""
     # system
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one"""
@@ -208,32 +208,22 @@ def listwise_loss(x, y) -> torch.Tensor:
     return -(y.softmax(dim=1) * x.log_softmax(dim=1)).sum(dim=1)
 
 
-class PairwiseLoss(torch.autograd.Function):
+def pairwise_loss(x, y) -> torch.Tensor:
     """sum_ij log(1 + exp(-(x_i - x_j) (y_i - y_j))), (R, n) -> (R,).
 
-    The (R, n, n) terms are made a few rows at a time and their gradient with them: memory stays that of x and y. With
-    s_ij = sigmoid(-(x_i - x_j) (y_i - y_j)), d/dx_i = - 2 sum_j s_ij (y_i - y_j), and the same for y.
+    The (R, n, n) terms are made a few rows at a time and their gradient with them: memory stays that of x and y.
     """
-
-    @staticmethod
-    def forward(ctx, x, y):
-        losses, gradients = [], []
-        for a, b in zip(x.split(16), y.split(16), strict=True):  # (r, n)
-            terms = a[:, None, :] - a[:, :, None]
-            terms.mul_(b[:, :, None] - b[:, None, :])  # -(a_i - a_j)(b_i - b_j), (r, n, n)
-            losses.append(F.softplus(terms).sum(dim=(1, 2)))
-            s = terms.sigmoid_()
-            sums = s @ torch.stack([torch.ones_like(a), a, b], dim=2)  # sum_j s_ij, s_ij x_j, s_ij y_j: (r, n, 3)
-            gradients.append(-2 * torch.stack([sums[..., 0] * b - sums[..., 2], sums[..., 0] * a - sums[..., 1]]))
-        ctx.save_for_backward(*torch.cat(gradients, dim=1))
-        return torch.cat(losses)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return tuple(grad[:, None] * gradient for gradient in ctx.saved_tensors)
+    losses = []
+    for a, b in zip(x.split(16), y.split(16), strict=True):  # (r, n)
+        a0, b0 = a.detach().requires_grad_(), b.detach().requires_grad_()
+        terms = F.softplus((a0[:, None] - a0[:, :, None]) * (b0[:, :, None] - b0[:, None]))  # (r, n, n)
+        loss = terms.sum(dim=(1, 2))
+        grad_a, grad_b = torch.autograd.grad(loss.sum(), (a0, b0))
+        zero = (a - a0.detach()) * grad_a + (b - b0.detach()) * grad_b  # of value 0, with the loss's gradient
+        losses.append(loss.detach() + zero.sum(dim=1))
+    return torch.cat(losses)
 
 
-pairwise_loss = PairwiseLoss.apply
 RANKING_LOSSES = {"ndcg": ndcg_loss, "pairwise": pairwise_loss, "listwise": listwise_loss}
 
 
@@ -272,9 +262,8 @@ def layer_taus(student: Actor, obs: torch.Tensor, i: int, m: int, onehot: int) -
 
 
 def main():
-    args, point = parse_args(Args, LAPTOP)
+    args, point, device = parse_args(Args, LAPTOP)
     torch.set_flush_denormal(args.regularizer == "pairwise")  # its sigmoids underflow, and such numbers are slow
-    device = select_device(args.device, args.threads, args.matmul_precision)
     tasks, m = args.tasks, len(args.tasks)
     envs = [make_envs(task, args.eval_episodes) for task in tasks]
     obs_dim, action_dim = envs[0][0].observation_spec()["observations"].shape[0], envs[0][0].action_spec().shape[0]
@@ -356,7 +345,7 @@ def main():
                 rows.append([now, task, returns])
                 texts.append(write_returns(run_dir, writer, rows, references, 1).removeprefix(f"step {now}: "))
                 if m > 1:
-                    sample = np.random.default_rng(now).permutation(len(visited))[: args.tau_states or None]
+                    sample = np.random.default_rng(now).permutation(len(visited))[:TAU_STATES]
                     taus = layer_taus(student, visited[torch.from_numpy(sample).to(device)], i, m, onehot)
                     for layer, values in enumerate(taus, start=1):
                         tau_rows.append([now, task, layer, *values])
@@ -372,16 +361,13 @@ def main():
     returns = {task: evaluate_task(i, make_envs(task, args.final_eval_episodes))[0] for i, task in enumerate(tasks)}
     sizes = {"in_dim": in_dim, "obs_dim": obs_dim, "action_dim": action_dim, "hidden": args.hidden, "log_std": bounds}
     sizes |= {"layer_norm": False, "task_encoding": args.task_encoding}
-    checkpoint = {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "student",
-        "tasks": list(tasks),
-        "level": [args.level[i % len(args.level)] for i in range(m)],
-    }
+    levels = [args.level[i % len(args.level)] for i in range(m)]
+    checkpoint = {"schema_version": SCHEMA_VERSION, "kind": "student", "tasks": list(tasks), "level": levels}
     checkpoint |= {"args": vars(args), "step": args.gradient_steps, "sizes": sizes, "returns": returns}
     write_atomic(output, partial(torch.save, checkpoint | {"actor": student.state_dict(), "versions": VERSIONS}))
     files = [str(path) for path in (output, run_dir / "returns.csv", run_dir / "tau.csv")]
-    result = {"returns": summarize(returns, references), "files": files, "run_dir": str(run_dir)}
+    found = {t: {"mean": round(np.mean(v), 1), "std": round(np.std(v), 1)} | references[t] for t, v in returns.items()}
+    result = {"returns": found, "files": files, "run_dir": str(run_dir)}
     if m > 1:
         last = [row for row in tau_rows if row[0] == args.gradient_steps]
         result["tau"] = {task: [round(row[3], 3) for row in last if row[1] == task] for task in tasks}
@@ -430,7 +416,7 @@ def load_inputs(args, sizes: tuple, onehot: int, device):
         said = [] if args.loss == "q" else [torch.cat([actor(part) for part in obs.split(65_536)])]
         said = said if kl or not said else [said[0][:, : sizes[1]]]  # of a Gaussian teacher the mean
         tables.append(torch.cat([add_task(obs, i, onehot), *said], dim=1))
-        references[task] = {"teacher": float(np.mean(teacher["returns"][task]))}
+        references[task] = {"teacher": round(float(np.mean(teacher["returns"][task])), 1)}
         paths += [teacher_path, path]
         print(f"task {i}: {task}, {len(obs)} states, teacher's return {references[task]['teacher']:.1f}")
     return torch.cat(tables), [len(part) for part in tables], critics, bounds, references, paths
@@ -526,8 +512,6 @@ def load_checkpoint(path, kinds: tuple[str, ...], task: str | None = None) -> di
     with expecting("a readable checkpoint of these scripts, without pickled objects (those are refused)", path):
         assert zipfile.ZipFile(path).testzip() is None, "damaged bytes"  # torch.load does not compare check sums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"schema_version", "kind", "tasks", "args", "step", "sizes", "actor", "returns"} - checkpoint.keys()
-        assert not missing, f"none of {', '.join(sorted(missing))}"
         found, tasks = checkpoint["schema_version"], checkpoint["tasks"]
         assert found == SCHEMA_VERSION, f"schema version {found}, not {SCHEMA_VERSION}"
         assert checkpoint["kind"] in kinds, f"kind {checkpoint['kind']}, not {' or '.join(kinds)}"
@@ -553,15 +537,14 @@ def load_network(cls, checkpoint: dict, path) -> nn.Module:
 
 def write_atomic(path, write) -> None:
     """Call write(temporary file object beside path), then rename: a reader sees the old file or the whole new one."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    try:
-        with expecting("free space and a folder you may write to", path):
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    with expecting("free space and a folder you may write to", path):
+        try:
             with open(temporary, "wb") as file:
                 write(file)
             os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def save_point(run_dir: Path, args, step: int, modules: dict, generator, tables, rows: list, **more) -> None:
@@ -589,7 +572,10 @@ def restore(point: dict | None, steps: int, modules: dict, generator, tables) ->
 
 
 def parse_args(cls, laptop: dict):
-    """Command line -> (arguments, resume point or None); --scale laptop and --resume give the defaults of the flags."""
+    """Command line -> (arguments, resume point or None, device); --scale and --resume give the defaults of the flags.
+
+    Also sets torch's CPU threads (0: all cores) and precision.
+    """
     text = sys.modules[cls.__module__].__doc__
     args, point, default = tyro.cli(cls, description=text), None, cls()
     if args.resume is not None:
@@ -608,19 +594,15 @@ def parse_args(cls, laptop: dict):
             low, high = 0 if name in MAY_BE_ZERO or isinstance(value, bool) else "above 0", LIMITS.get(name, 2**31 - 1)
             fits = math.isfinite(value) and 0 <= value <= high and (value > 0 or low == 0)
             require(fits, f"--{name.replace('_', '-')}: expected a number from {low} to {high}, found {value}")
-    return args, point
-
-
-def select_device(device: str, threads: int, matmul_precision: str) -> torch.device:
-    """Set torch's CPU threads (0: all cores) and precision, return the device; fail where cuda is asked and missing."""
-    require(device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA device was found; use --device cpu")
-    torch.set_num_threads(threads or os.cpu_count())
-    torch.set_float32_matmul_precision(matmul_precision)
+    cuda = torch.cuda.is_available()
+    require(args.device != "cuda" or cuda, "--device cuda: no CUDA device was found; use --device cpu")
+    torch.set_num_threads(args.threads or os.cpu_count())
+    torch.set_float32_matmul_precision(args.matmul_precision)
     with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
         mallopt(trim_threshold, 2**30)
         mallopt(mmap_threshold, 2**26)
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    return args, point, torch.device("cuda" if args.device != "cpu" and cuda else "cpu")
 
 
 def prepare_outputs(args, name: str | None, outputs: list[Path], inputs: list) -> Path:
@@ -633,13 +615,24 @@ def prepare_outputs(args, name: str | None, outputs: list[Path], inputs: list) -
     for path in outputs:
         free = args.resume is not None or args.overwrite or not path.exists()
         require(free, f"{path}: exists already; pass --overwrite to replace it")
-        usable = path.is_file() or not path.exists()
-        usable = usable and path.resolve() not in [Path(other).resolve() for other in inputs]
+        usable = not path.exists() or (path.is_file() and path.resolve() not in [Path(x).resolve() for x in inputs])
         require(usable, f"{path}: expected a file that this run may write, found one of its inputs or no plain file")
     for folder in [*([run_dir] if name else []), *(path.parent for path in outputs)]:
         with expecting("a folder that can be made and written", folder):
             folder.mkdir(parents=True, exist_ok=True)
             assert os.access(folder, os.W_OK), "no permission"
+    if name:
+        with expecting("a folder that no other run writes to", run_dir):
+            lock = os.open(run_dir / "lock", os.O_CREAT | os.O_RDWR)  # until the process ends
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def stop(number, frame):
+        hint = f"; continue with --resume {run_dir}" if (run_dir / "resume.pt").exists() else ", without a resume point"
+        print(f"{Path(sys.argv[0]).name}: stopped{hint}", file=sys.stderr)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C; kill
+        signal.signal(number, stop)
     return run_dir
 
 
@@ -664,12 +657,6 @@ def write_returns(run_dir: Path, writer: SummaryWriter, rows: list, references: 
         beside = ", ".join(f"{name} {value:.1f}" for name, value in references.get(task, {}).items())
         texts.append(f"{task} {np.mean(values):.1f} +- {np.std(values):.1f}{beside and f' ({beside})'}")
     return " ".join(texts)
-
-
-def summarize(returns: dict, references: dict) -> dict:
-    """Mean and std over episodes beside the references, for the RESULT line."""
-    numbers = {k: {"mean": np.mean(v), "std": np.std(v)} | references.get(k, {}) for k, v in returns.items()}
-    return {k: {n: round(x, 1) for n, x in v.items()} | {"episodes": len(returns[k])} for k, v in numbers.items()}
 
 
 def in_cuda_graph(update, enabled: bool, generator: torch.Generator):

@@ -14,9 +14,11 @@ beside each dataset.
 """
 
 import ctypes
+import fcntl
 import json
 import math
 import os
+import signal
 import sys
 import time
 import zipfile
@@ -40,13 +42,12 @@ from tqdm import tqdm
 
 SCHEMA_VERSION = 1  # of datasets and checkpoints
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; training and collection stay below
-VERSIONS = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
-VERSIONS |= {"numpy": np.__version__, "mujoco": mujoco.__version__}
+VERSIONS = {module.__name__: str(module.__version__) for module in (np, torch, mujoco)}
 DATASET = {"observations": (np.float32, 2), "actions": (np.float32, 2), "rewards": (np.float32, 1)}  # type, dimensions
 DATASET |= {"next_observations": (np.float32, 2), "terminals": (bool, 1), "timeouts": (bool, 1)}
 DATASET |= {"physics": (np.float64, 2)}
 MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "exploration_noise", "ood_noise", "beta_in"}
-MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts", "tau_states"}
+MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
 LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024}  # of flags
 LAPTOP = {"gradient_steps": 50_000, "learning_rate": 1e-3}  # --scale laptop: of the student, and
 LAPTOP |= {"teacher_steps": 30_000, "teacher_batch_size": 256, "num_ood": 1, "teacher_learning_rate": 3e-4, "tau": 0.02}
@@ -328,8 +329,7 @@ def mse_loss(student, x, teacher_action) -> torch.Tensor:
 
 
 def main():
-    args, point = parse_args(Args, LAPTOP)
-    device = select_device(args.device, args.threads, args.matmul_precision)
+    args, point, device = parse_args(Args, LAPTOP)
     tasks, m = args.tasks, len(args.tasks)
     envs = [make_envs(task, args.eval_episodes) for task in tasks]
     obs_dim, action_dim = envs[0][0].observation_spec()["observations"].shape[0], envs[0][0].action_spec().shape[0]
@@ -350,10 +350,9 @@ def main():
             columns = [*range(n), n + i, *range(n + m, tables[0].shape[1])]  # (s, a, r_i, s', terminal)
             transitions = torch.cat([tables[j][:, columns] for j in sources])
             seed = zlib.crc32(f"{args.seed} teacher {tasks[i]} from {'+'.join(sorted(names))}".encode())
-            this_point = point if point and phase == number else None
-            seed, place = args.seed if args.common_seed else seed, (run_dir, writer, rows, number)
-            name = f"{tasks[i]} {label}"
-            actor, critics = train_teacher(name, seed, transitions, envs[i], args, device, this_point, place)
+            seed = args.seed if args.common_seed else seed
+            job = f"{tasks[i]} {label}", seed, transitions, envs[i], args, device, point if phase == number else None
+            actor, critics = train_teacher(*job, (run_dir, writer, rows, number))
             returns = evaluate(actor, make_envs(tasks[i], args.final_eval_episodes), device)
             checkpoint = {"schema_version": SCHEMA_VERSION, "kind": "teacher", "tasks": [tasks[i]], "level": level}
             checkpoint |= {"args": vars(args), "step": args.teacher_steps, "data_tasks": names, "versions": VERSIONS}
@@ -363,7 +362,7 @@ def main():
             del transitions
         actor, critics, returns = load_teacher(path, tasks[i], (obs_dim, action_dim), device)
         teachers.append((actor, critics))
-        references[tasks[i]][label] = float(np.mean(returns))
+        references[tasks[i]][label] = round(float(np.mean(returns)), 1)
         print(f"{tasks[i]} {label}: {path}, return {np.mean(returns):.1f} +- {np.std(returns):.1f}")
 
     # what the student is to do in every state, for every task
@@ -428,7 +427,8 @@ def main():
     checkpoint |= {"actor": student.state_dict(), "versions": VERSIONS}
     write_atomic(output, partial(torch.save, checkpoint))
     files = [output, *(path for *_, path, trained in jobs if trained), run_dir / "returns.csv"]
-    result = {"returns": summarize(returns, references), "files": [str(path) for path in files]}
+    found = {t: {"mean": round(np.mean(v), 1), "std": round(np.std(v), 1)} | references[t] for t, v in returns.items()}
+    result = {"returns": found, "files": [str(path) for path in files]}
     print("RESULT", json.dumps(result | {"run_dir": str(run_dir), "seconds": round(time.time() - clock)}))
 
 
@@ -575,8 +575,6 @@ def load_checkpoint(path, kinds: tuple[str, ...], task: str | None = None) -> di
     with expecting("a readable checkpoint of these scripts, without pickled objects (those are refused)", path):
         assert zipfile.ZipFile(path).testzip() is None, "damaged bytes"  # torch.load does not compare check sums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"schema_version", "kind", "tasks", "args", "step", "sizes", "actor", "returns"} - checkpoint.keys()
-        assert not missing, f"none of {', '.join(sorted(missing))}"
         found, tasks = checkpoint["schema_version"], checkpoint["tasks"]
         assert found == SCHEMA_VERSION, f"schema version {found}, not {SCHEMA_VERSION}"
         assert checkpoint["kind"] in kinds, f"kind {checkpoint['kind']}, not {' or '.join(kinds)}"
@@ -602,15 +600,14 @@ def load_network(cls, checkpoint: dict, path) -> nn.Module:
 
 def write_atomic(path, write) -> None:
     """Call write(temporary file object beside path), then rename: a reader sees the old file or the whole new one."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    try:
-        with expecting("free space and a folder you may write to", path):
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    with expecting("free space and a folder you may write to", path):
+        try:
             with open(temporary, "wb") as file:
                 write(file)
             os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def save_point(run_dir: Path, args, step: int, modules: dict, generator, tables, rows: list, **more) -> None:
@@ -638,7 +635,10 @@ def restore(point: dict | None, steps: int, modules: dict, generator, tables) ->
 
 
 def parse_args(cls, laptop: dict):
-    """Command line -> (arguments, resume point or None); --scale laptop and --resume give the defaults of the flags."""
+    """Command line -> (arguments, resume point or None, device); --scale and --resume give the defaults of the flags.
+
+    Also sets torch's CPU threads (0: all cores) and precision.
+    """
     text = sys.modules[cls.__module__].__doc__
     args, point, default = tyro.cli(cls, description=text), None, cls()
     if args.resume is not None:
@@ -657,19 +657,15 @@ def parse_args(cls, laptop: dict):
             low, high = 0 if name in MAY_BE_ZERO or isinstance(value, bool) else "above 0", LIMITS.get(name, 2**31 - 1)
             fits = math.isfinite(value) and 0 <= value <= high and (value > 0 or low == 0)
             require(fits, f"--{name.replace('_', '-')}: expected a number from {low} to {high}, found {value}")
-    return args, point
-
-
-def select_device(device: str, threads: int, matmul_precision: str) -> torch.device:
-    """Set torch's CPU threads (0: all cores) and precision, return the device; fail where cuda is asked and missing."""
-    require(device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA device was found; use --device cpu")
-    torch.set_num_threads(threads or os.cpu_count())
-    torch.set_float32_matmul_precision(matmul_precision)
+    cuda = torch.cuda.is_available()
+    require(args.device != "cuda" or cuda, "--device cuda: no CUDA device was found; use --device cpu")
+    torch.set_num_threads(args.threads or os.cpu_count())
+    torch.set_float32_matmul_precision(args.matmul_precision)
     with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
         mallopt(trim_threshold, 2**30)
         mallopt(mmap_threshold, 2**26)
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    return args, point, torch.device("cuda" if args.device != "cpu" and cuda else "cpu")
 
 
 def prepare_outputs(args, name: str | None, outputs: list[Path], inputs: list) -> Path:
@@ -682,13 +678,24 @@ def prepare_outputs(args, name: str | None, outputs: list[Path], inputs: list) -
     for path in outputs:
         free = args.resume is not None or args.overwrite or not path.exists()
         require(free, f"{path}: exists already; pass --overwrite to replace it")
-        usable = path.is_file() or not path.exists()
-        usable = usable and path.resolve() not in [Path(other).resolve() for other in inputs]
+        usable = not path.exists() or (path.is_file() and path.resolve() not in [Path(x).resolve() for x in inputs])
         require(usable, f"{path}: expected a file that this run may write, found one of its inputs or no plain file")
     for folder in [*([run_dir] if name else []), *(path.parent for path in outputs)]:
         with expecting("a folder that can be made and written", folder):
             folder.mkdir(parents=True, exist_ok=True)
             assert os.access(folder, os.W_OK), "no permission"
+    if name:
+        with expecting("a folder that no other run writes to", run_dir):
+            lock = os.open(run_dir / "lock", os.O_CREAT | os.O_RDWR)  # until the process ends
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def stop(number, frame):
+        hint = f"; continue with --resume {run_dir}" if (run_dir / "resume.pt").exists() else ", without a resume point"
+        print(f"{Path(sys.argv[0]).name}: stopped{hint}", file=sys.stderr)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C; kill
+        signal.signal(number, stop)
     return run_dir
 
 
@@ -713,12 +720,6 @@ def write_returns(run_dir: Path, writer: SummaryWriter, rows: list, references: 
         beside = ", ".join(f"{name} {value:.1f}" for name, value in references.get(task, {}).items())
         texts.append(f"{task} {np.mean(values):.1f} +- {np.std(values):.1f}{beside and f' ({beside})'}")
     return " ".join(texts)
-
-
-def summarize(returns: dict, references: dict) -> dict:
-    """Mean and std over episodes beside the references, for the RESULT line."""
-    numbers = {k: {"mean": np.mean(v), "std": np.std(v)} | references.get(k, {}) for k, v in returns.items()}
-    return {k: {n: round(x, 1) for n, x in v.items()} | {"episodes": len(returns[k])} for k, v in numbers.items()}
 
 
 def in_cuda_graph(update, enabled: bool, generator: torch.Generator):

@@ -51,8 +51,7 @@ from tqdm import tqdm
 SCHEMA_VERSION = 1  # of datasets and checkpoints
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; training and collection stay below
 WALKER_SPEED = {"walker-stand": 0.0, "walker-walk": 1.0, "walker-run": 8.0}  # m/s, as in dm_control.suite.walker
-VERSIONS = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
-VERSIONS |= {"numpy": np.__version__, "mujoco": mujoco.__version__}
+VERSIONS = {module.__name__: str(module.__version__) for module in (np, torch, mujoco)}
 LEAST = {"seed": 0, "threads": 0, "tau_states": 0, "cka_states": 100, "shift_states": 100}  # of flags; of others 1
 GL_PACKAGES = {"egl": "libegl1 libgl1", "osmesa": "libosmesa6"}  # of Debian and Ubuntu
 
@@ -320,8 +319,7 @@ def state_shift(data: list, seed: int, device: torch.device, max_states: int) ->
 
 
 def main():
-    args = read_args()
-    device = select_device(args.device, args.threads, "highest")
+    args, device = read_args()
     tasks, figures = [], []
     if args.student:
         checkpoint, student, onehot = load_policy(args.student, ("student", "naive"), None, device)
@@ -391,8 +389,8 @@ def main():
 
 
 # ==================================== the method ends here; below: inputs, evaluation, files, command line, CUDA graph
-def read_args() -> Args:
-    """The command line, its numbers checked."""
+def read_args() -> tuple[Args, torch.device]:
+    """The command line, its numbers checked, and the device; sets torch's CPU threads (0: all cores)."""
     args = tyro.cli(Args, description=__doc__)
     for name, value in vars(args).items():
         low, high = LEAST.get(name, 1), 1024 if name == "threads" else 2**31 - 1
@@ -402,7 +400,14 @@ def read_args() -> Args:
     require(args.student or args.teachers or args.shift, f"nothing to measure; {hint}")
     require(args.tasks or not args.teachers, "--tasks: expected one task or more, the columns of the cross-task table")
     require(len(args.shift) in (0, 2), f"--shift: expected two dataset files, found {len(args.shift)}")
-    return args
+    cuda = torch.cuda.is_available()
+    require(args.device != "cuda" or cuda, "--device cuda: no CUDA device was found; use --device cpu")
+    torch.set_num_threads(args.threads or os.cpu_count())
+    with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(trim_threshold, 2**30)
+        mallopt(mmap_threshold, 2**26)
+    return args, torch.device("cuda" if args.device != "cpu" and cuda else "cpu")
 
 
 def load_policy(path, kinds: tuple[str, ...], tasks, device) -> tuple[dict, Actor, int]:
@@ -629,8 +634,6 @@ def load_checkpoint(path, kinds: tuple[str, ...], task: str | None = None) -> di
     with expecting("a readable checkpoint of these scripts, without pickled objects (those are refused)", path):
         assert zipfile.ZipFile(path).testzip() is None, "damaged bytes"  # torch.load does not compare check sums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"schema_version", "kind", "tasks", "args", "step", "sizes", "actor", "returns"} - checkpoint.keys()
-        assert not missing, f"none of {', '.join(sorted(missing))}"
         found, tasks = checkpoint["schema_version"], checkpoint["tasks"]
         assert found == SCHEMA_VERSION, f"schema version {found}, not {SCHEMA_VERSION}"
         assert checkpoint["kind"] in kinds, f"kind {checkpoint['kind']}, not {' or '.join(kinds)}"
@@ -653,27 +656,14 @@ def load_actor(checkpoint: dict, path) -> Actor:
 
 def write_atomic(path, write) -> None:
     """Call write(temporary file object beside path), then rename: a reader sees the old file or the whole new one."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    try:
-        with expecting("free space and a folder you may write to", path):
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    with expecting("free space and a folder you may write to", path):
+        try:
             with open(temporary, "wb") as file:
                 write(file)
             os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def select_device(device: str, threads: int, matmul_precision: str) -> torch.device:
-    """Set torch's CPU threads (0: all cores) and precision, return the device; fail where cuda is asked and missing."""
-    require(device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA device was found; use --device cpu")
-    torch.set_num_threads(threads or os.cpu_count())
-    torch.set_float32_matmul_precision(matmul_precision)
-    with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
-        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
-        mallopt(trim_threshold, 2**30)
-        mallopt(mmap_threshold, 2**26)
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ relabelled rewards beside each dataset.
 """
 
 import ctypes
+import fcntl
 import json
 import math
 import os
+import signal
 import sys
 import time
 import zipfile
@@ -40,13 +42,12 @@ from tqdm import tqdm
 
 SCHEMA_VERSION = 1  # of datasets and checkpoints
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; training and collection stay below
-VERSIONS = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
-VERSIONS |= {"numpy": np.__version__, "mujoco": mujoco.__version__}
+VERSIONS = {module.__name__: str(module.__version__) for module in (np, torch, mujoco)}
 DATASET = {"observations": (np.float32, 2), "actions": (np.float32, 2), "rewards": (np.float32, 1)}  # type, dimensions
 DATASET |= {"next_observations": (np.float32, 2), "terminals": (bool, 1), "timeouts": (bool, 1)}
 DATASET |= {"physics": (np.float64, 2)}
 MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "exploration_noise", "ood_noise", "beta_in"}
-MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts", "tau_states"}
+MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
 LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024}  # of flags
 LAPTOP = {"gradient_steps": 50_000, "learning_rate": 1e-3}  # --scale laptop: of the student, and
 LAPTOP |= {"teacher_steps": 30_000, "teacher_batch_size": 256, "num_ood": 1, "teacher_learning_rate": 3e-4, "tau": 0.02}
@@ -344,8 +345,7 @@ def q_switch(teachers, obs: torch.Tensor, rows: int = 65_536) -> tuple[torch.Ten
 
 
 def main():
-    args, point = parse_args(Args, LAPTOP)
-    device = select_device(args.device, args.threads, args.matmul_precision)
+    args, point, device = parse_args(Args, LAPTOP)
     tasks, m = args.tasks, len(args.tasks)
     envs = [make_envs(task, args.eval_episodes) for task in tasks]
     obs_dim, action_dim = envs[0][0].observation_spec()["observations"].shape[0], envs[0][0].action_spec().shape[0]
@@ -366,10 +366,9 @@ def main():
             columns = [*range(n), n + i, *range(n + m, tables[0].shape[1])]  # (s, a, r_i, s', terminal)
             transitions = torch.cat([tables[j][:, columns] for j in sources])
             seed = zlib.crc32(f"{args.seed} teacher {tasks[i]} from {'+'.join(sorted(names))}".encode())
-            this_point = point if point and phase == number else None
-            seed, place = args.seed if args.common_seed else seed, (run_dir, writer, rows, number)
-            name = f"{tasks[i]} {label}"
-            actor, critics = train_teacher(name, seed, transitions, envs[i], args, device, this_point, place)
+            seed = args.seed if args.common_seed else seed
+            job = f"{tasks[i]} {label}", seed, transitions, envs[i], args, device, point if phase == number else None
+            actor, critics = train_teacher(*job, (run_dir, writer, rows, number))
             returns = evaluate(actor, make_envs(tasks[i], args.final_eval_episodes), device)
             checkpoint = {"schema_version": SCHEMA_VERSION, "kind": "teacher", "tasks": [tasks[i]], "level": level}
             checkpoint |= {"args": vars(args), "step": args.teacher_steps, "data_tasks": names, "versions": VERSIONS}
@@ -379,7 +378,7 @@ def main():
             del transitions
         actor, critics, returns = load_teacher(path, tasks[i], (obs_dim, action_dim), device)
         teachers.append((actor, critics))
-        references[tasks[i]][label] = float(np.mean(returns))
+        references[tasks[i]][label] = round(float(np.mean(returns)), 1)
         print(f"{tasks[i]} {label}: {path}, return {np.mean(returns):.1f} +- {np.std(returns):.1f}")
 
     # what the student is to do in every state, for every task: the switch, once, as the teachers are frozen
@@ -448,7 +447,8 @@ def main():
     checkpoint |= {"actor": student.state_dict(), "versions": VERSIONS, "switch": switch}
     write_atomic(output, partial(torch.save, checkpoint))
     files = [output, *(path for *_, path, trained in jobs if trained), run_dir / "returns.csv"]
-    result = {"returns": summarize(returns, references), "files": [str(path) for path in files], "switch": switch}
+    found = {t: {"mean": round(np.mean(v), 1), "std": round(np.std(v), 1)} | references[t] for t, v in returns.items()}
+    result = {"returns": found, "files": [str(path) for path in files], "switch": switch}
     print("RESULT", json.dumps(result | {"run_dir": str(run_dir), "seconds": round(time.time() - clock)}))
 
 
@@ -471,11 +471,8 @@ def load_inputs(args, sizes: tuple, device):
     files = [files[i] if i == j else "train" for i in range(m) for j in range(m)] if len(files) == m else files
     jobs = []
     for (i, j), path in zip(product(range(m), repeat=2), files, strict=True):
-        path, trained = (
-            Path(f"checkpoints/{tasks[i]}-from-{names[j]}-teacher.pt") if path == "train" else path,
-            path == "train",
-        )
-        jobs.append((i, f"from {tasks[j]}", [j], levels[j], path, trained))
+        made = Path(f"checkpoints/{tasks[i]}-from-{names[j]}-teacher.pt")
+        jobs.append((i, f"from {tasks[j]}", [j], levels[j], made if path == "train" else path, path == "train"))
     hint = "python mop_td3_collect.py --task"
     paths = list(args.data) or [find_file("data", f"{n}.npz", f"{hint} {t}") for n, t in zip(names, tasks, strict=True)]
     datasets = [load_dataset(path, task, sizes)[0] for path, task in zip(paths, tasks, strict=True)]
@@ -604,8 +601,6 @@ def load_checkpoint(path, kinds: tuple[str, ...], task: str | None = None) -> di
     with expecting("a readable checkpoint of these scripts, without pickled objects (those are refused)", path):
         assert zipfile.ZipFile(path).testzip() is None, "damaged bytes"  # torch.load does not compare check sums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"schema_version", "kind", "tasks", "args", "step", "sizes", "actor", "returns"} - checkpoint.keys()
-        assert not missing, f"none of {', '.join(sorted(missing))}"
         found, tasks = checkpoint["schema_version"], checkpoint["tasks"]
         assert found == SCHEMA_VERSION, f"schema version {found}, not {SCHEMA_VERSION}"
         assert checkpoint["kind"] in kinds, f"kind {checkpoint['kind']}, not {' or '.join(kinds)}"
@@ -631,15 +626,14 @@ def load_network(cls, checkpoint: dict, path) -> nn.Module:
 
 def write_atomic(path, write) -> None:
     """Call write(temporary file object beside path), then rename: a reader sees the old file or the whole new one."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    try:
-        with expecting("free space and a folder you may write to", path):
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    with expecting("free space and a folder you may write to", path):
+        try:
             with open(temporary, "wb") as file:
                 write(file)
             os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def save_point(run_dir: Path, args, step: int, modules: dict, generator, tables, rows: list, **more) -> None:
@@ -667,7 +661,10 @@ def restore(point: dict | None, steps: int, modules: dict, generator, tables) ->
 
 
 def parse_args(cls, laptop: dict):
-    """Command line -> (arguments, resume point or None); --scale laptop and --resume give the defaults of the flags."""
+    """Command line -> (arguments, resume point or None, device); --scale and --resume give the defaults of the flags.
+
+    Also sets torch's CPU threads (0: all cores) and precision.
+    """
     text = sys.modules[cls.__module__].__doc__
     args, point, default = tyro.cli(cls, description=text), None, cls()
     if args.resume is not None:
@@ -686,19 +683,15 @@ def parse_args(cls, laptop: dict):
             low, high = 0 if name in MAY_BE_ZERO or isinstance(value, bool) else "above 0", LIMITS.get(name, 2**31 - 1)
             fits = math.isfinite(value) and 0 <= value <= high and (value > 0 or low == 0)
             require(fits, f"--{name.replace('_', '-')}: expected a number from {low} to {high}, found {value}")
-    return args, point
-
-
-def select_device(device: str, threads: int, matmul_precision: str) -> torch.device:
-    """Set torch's CPU threads (0: all cores) and precision, return the device; fail where cuda is asked and missing."""
-    require(device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA device was found; use --device cpu")
-    torch.set_num_threads(threads or os.cpu_count())
-    torch.set_float32_matmul_precision(matmul_precision)
+    cuda = torch.cuda.is_available()
+    require(args.device != "cuda" or cuda, "--device cuda: no CUDA device was found; use --device cpu")
+    torch.set_num_threads(args.threads or os.cpu_count())
+    torch.set_float32_matmul_precision(args.matmul_precision)
     with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
         mallopt(trim_threshold, 2**30)
         mallopt(mmap_threshold, 2**26)
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    return args, point, torch.device("cuda" if args.device != "cpu" and cuda else "cpu")
 
 
 def prepare_outputs(args, name: str | None, outputs: list[Path], inputs: list) -> Path:
@@ -711,13 +704,24 @@ def prepare_outputs(args, name: str | None, outputs: list[Path], inputs: list) -
     for path in outputs:
         free = args.resume is not None or args.overwrite or not path.exists()
         require(free, f"{path}: exists already; pass --overwrite to replace it")
-        usable = path.is_file() or not path.exists()
-        usable = usable and path.resolve() not in [Path(other).resolve() for other in inputs]
+        usable = not path.exists() or (path.is_file() and path.resolve() not in [Path(x).resolve() for x in inputs])
         require(usable, f"{path}: expected a file that this run may write, found one of its inputs or no plain file")
     for folder in [*([run_dir] if name else []), *(path.parent for path in outputs)]:
         with expecting("a folder that can be made and written", folder):
             folder.mkdir(parents=True, exist_ok=True)
             assert os.access(folder, os.W_OK), "no permission"
+    if name:
+        with expecting("a folder that no other run writes to", run_dir):
+            lock = os.open(run_dir / "lock", os.O_CREAT | os.O_RDWR)  # until the process ends
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def stop(number, frame):
+        hint = f"; continue with --resume {run_dir}" if (run_dir / "resume.pt").exists() else ", without a resume point"
+        print(f"{Path(sys.argv[0]).name}: stopped{hint}", file=sys.stderr)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C; kill
+        signal.signal(number, stop)
     return run_dir
 
 
@@ -742,12 +746,6 @@ def write_returns(run_dir: Path, writer: SummaryWriter, rows: list, references: 
         beside = ", ".join(f"{name} {value:.1f}" for name, value in references.get(task, {}).items())
         texts.append(f"{task} {np.mean(values):.1f} +- {np.std(values):.1f}{beside and f' ({beside})'}")
     return " ".join(texts)
-
-
-def summarize(returns: dict, references: dict) -> dict:
-    """Mean and std over episodes beside the references, for the RESULT line."""
-    numbers = {k: {"mean": np.mean(v), "std": np.std(v)} | references.get(k, {}) for k, v in returns.items()}
-    return {k: {n: round(x, 1) for n, x in v.items()} | {"episodes": len(returns[k])} for k, v in numbers.items()}
 
 
 def in_cuda_graph(update, enabled: bool, generator: torch.Generator):

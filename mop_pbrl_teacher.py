@@ -14,9 +14,11 @@ Out: checkpoints/<task>-<level>-teacher.pt with actor and critics, and the run's
 """
 
 import ctypes
+import fcntl
 import json
 import math
 import os
+import signal
 import sys
 import time
 import zlib
@@ -40,13 +42,12 @@ from tqdm import tqdm
 SCHEMA_VERSION = 1  # of datasets and checkpoints
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; training and collection stay below
 LOG_STD = {"deterministic": None, "gaussian": (-5.0, 0.0), "gaussian-tanh": (-1.0, 1.0)}  # bounds
-VERSIONS = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
-VERSIONS |= {"numpy": np.__version__, "mujoco": mujoco.__version__}
+VERSIONS = {module.__name__: str(module.__version__) for module in (np, torch, mujoco)}
 DATASET = {"observations": (np.float32, 2), "actions": (np.float32, 2), "rewards": (np.float32, 1)}  # type, dimensions
 DATASET |= {"next_observations": (np.float32, 2), "terminals": (bool, 1), "timeouts": (bool, 1)}
 DATASET |= {"physics": (np.float64, 2)}
 MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "exploration_noise", "ood_noise", "beta_in"}
-MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts", "tau_states"}
+MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
 LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024}  # of flags
 LAPTOP = {"gradient_steps": 30_000, "batch_size": 256, "num_ood": 1, "learning_rate": 3e-4, "tau": 0.02}
 LAPTOP |= {"actor_tau": 0.02, "policy_noise": 0.05, "beta_ood_decay": 0.9997, "bc_coef": 1.0}  # --scale laptop
@@ -245,8 +246,7 @@ def act(actor, generator, bounds, task_id: int | None, obs: torch.Tensor) -> tor
 
 
 def main():
-    args, point = parse_args(Args, LAPTOP)
-    device = select_device(args.device, args.threads, args.matmul_precision)
+    args, point, device = parse_args(Args, LAPTOP)
     tasks, naive, bounds = args.tasks or (args.task,), bool(args.tasks), LOG_STD[args.actor]
     ids = range(len(tasks)) if naive else [None]  # the task ids that the actor reads
     envs = [make_envs(task, args.eval_episodes) for task in tasks]
@@ -348,7 +348,8 @@ def main():
     checkpoint = {"schema_version": SCHEMA_VERSION, "kind": kind.split("-")[0], "tasks": list(tasks), "level": level}
     checkpoint |= {"args": vars(args), "step": args.gradient_steps, "sizes": sizes, "returns": returns, **weights}
     write_atomic(output, partial(torch.save, checkpoint | {"versions": VERSIONS}))
-    result = {"returns": summarize(returns, references), "files": [str(output)], "run_dir": str(run_dir)}
+    found = {t: {"mean": round(np.mean(v), 1), "std": round(np.std(v), 1)} | references[t] for t, v in returns.items()}
+    result = {"returns": found, "files": [str(output)], "run_dir": str(run_dir)}
     print("RESULT", json.dumps(result | {"seconds": round(time.time() - clock)}))
 
 
@@ -370,7 +371,7 @@ def load_inputs(args, tasks, sizes, device):
         data, metadata = load_dataset(paths[i], task, sizes)
         rows = [data[k].reshape(len(data["rewards"]), -1) for k in DATASET if k not in ("timeouts", "physics")]
         tables.append(torch.from_numpy(np.concatenate(rows, axis=1, dtype=np.float32)).to(device))
-        references[task] = {"data": float(np.mean(metadata["episode_returns"]))}
+        references[task] = {"data": round(float(np.mean(metadata["episode_returns"])), 1)}
         del data, rows
     return tables, references, "+".join(dict.fromkeys(levels)), paths
 
@@ -455,15 +456,14 @@ def load_dataset(path, task: str | None = None, sizes: tuple | None = None) -> t
 
 def write_atomic(path, write) -> None:
     """Call write(temporary file object beside path), then rename: a reader sees the old file or the whole new one."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    try:
-        with expecting("free space and a folder you may write to", path):
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    with expecting("free space and a folder you may write to", path):
+        try:
             with open(temporary, "wb") as file:
                 write(file)
             os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def save_point(run_dir: Path, args, step: int, modules: dict, generator, tables, rows: list, **more) -> None:
@@ -491,7 +491,10 @@ def restore(point: dict | None, steps: int, modules: dict, generator, tables) ->
 
 
 def parse_args(cls, laptop: dict):
-    """Command line -> (arguments, resume point or None); --scale laptop and --resume give the defaults of the flags."""
+    """Command line -> (arguments, resume point or None, device); --scale and --resume give the defaults of the flags.
+
+    Also sets torch's CPU threads (0: all cores) and precision.
+    """
     text = sys.modules[cls.__module__].__doc__
     args, point, default = tyro.cli(cls, description=text), None, cls()
     if args.resume is not None:
@@ -510,19 +513,15 @@ def parse_args(cls, laptop: dict):
             low, high = 0 if name in MAY_BE_ZERO or isinstance(value, bool) else "above 0", LIMITS.get(name, 2**31 - 1)
             fits = math.isfinite(value) and 0 <= value <= high and (value > 0 or low == 0)
             require(fits, f"--{name.replace('_', '-')}: expected a number from {low} to {high}, found {value}")
-    return args, point
-
-
-def select_device(device: str, threads: int, matmul_precision: str) -> torch.device:
-    """Set torch's CPU threads (0: all cores) and precision, return the device; fail where cuda is asked and missing."""
-    require(device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA device was found; use --device cpu")
-    torch.set_num_threads(threads or os.cpu_count())
-    torch.set_float32_matmul_precision(matmul_precision)
+    cuda = torch.cuda.is_available()
+    require(args.device != "cuda" or cuda, "--device cuda: no CUDA device was found; use --device cpu")
+    torch.set_num_threads(args.threads or os.cpu_count())
+    torch.set_float32_matmul_precision(args.matmul_precision)
     with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
         mallopt(trim_threshold, 2**30)
         mallopt(mmap_threshold, 2**26)
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    return args, point, torch.device("cuda" if args.device != "cpu" and cuda else "cpu")
 
 
 def prepare_outputs(args, name: str | None, outputs: list[Path], inputs: list) -> Path:
@@ -535,13 +534,24 @@ def prepare_outputs(args, name: str | None, outputs: list[Path], inputs: list) -
     for path in outputs:
         free = args.resume is not None or args.overwrite or not path.exists()
         require(free, f"{path}: exists already; pass --overwrite to replace it")
-        usable = path.is_file() or not path.exists()
-        usable = usable and path.resolve() not in [Path(other).resolve() for other in inputs]
+        usable = not path.exists() or (path.is_file() and path.resolve() not in [Path(x).resolve() for x in inputs])
         require(usable, f"{path}: expected a file that this run may write, found one of its inputs or no plain file")
     for folder in [*([run_dir] if name else []), *(path.parent for path in outputs)]:
         with expecting("a folder that can be made and written", folder):
             folder.mkdir(parents=True, exist_ok=True)
             assert os.access(folder, os.W_OK), "no permission"
+    if name:
+        with expecting("a folder that no other run writes to", run_dir):
+            lock = os.open(run_dir / "lock", os.O_CREAT | os.O_RDWR)  # until the process ends
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def stop(number, frame):
+        hint = f"; continue with --resume {run_dir}" if (run_dir / "resume.pt").exists() else ", without a resume point"
+        print(f"{Path(sys.argv[0]).name}: stopped{hint}", file=sys.stderr)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C; kill
+        signal.signal(number, stop)
     return run_dir
 
 
@@ -566,12 +576,6 @@ def write_returns(run_dir: Path, writer: SummaryWriter, rows: list, references: 
         beside = ", ".join(f"{name} {value:.1f}" for name, value in references.get(task, {}).items())
         texts.append(f"{task} {np.mean(values):.1f} +- {np.std(values):.1f}{beside and f' ({beside})'}")
     return " ".join(texts)
-
-
-def summarize(returns: dict, references: dict) -> dict:
-    """Mean and std over episodes beside the references, for the RESULT line."""
-    numbers = {k: {"mean": np.mean(v), "std": np.std(v)} | references.get(k, {}) for k, v in returns.items()}
-    return {k: {n: round(x, 1) for n, x in v.items()} | {"episodes": len(returns[k])} for k, v in numbers.items()}
 
 
 def in_cuda_graph(update, enabled: bool, generator: torch.Generator):

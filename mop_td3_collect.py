@@ -13,9 +13,11 @@ Out: checkpoints/<task>-<level>-behavior.pt, data/<task>-<level>.npz, and the ru
 """
 
 import ctypes
+import fcntl
 import json
 import math
 import os
+import signal
 import sys
 import time
 import zipfile
@@ -44,13 +46,12 @@ SCHEMA_VERSION = 1  # of datasets and checkpoints
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; training and collection stay below
 WALKER_SPEED = {"walker-stand": 0.0, "walker-walk": 1.0, "walker-run": 8.0}  # m/s, as in dm_control.suite.walker
 PLAIN_ONE_IN = {"online": 1, "noise": 10, "random90": 10, "random99": 100}  # episodes of a mix by the plain policy
-VERSIONS = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
-VERSIONS |= {"numpy": np.__version__, "mujoco": mujoco.__version__}
+VERSIONS = {module.__name__: str(module.__version__) for module in (np, torch, mujoco)}
 DATASET = {"observations": (np.float32, 2), "actions": (np.float32, 2), "rewards": (np.float32, 1)}  # type, dimensions
 DATASET |= {"next_observations": (np.float32, 2), "terminals": (bool, 1), "timeouts": (bool, 1)}
 DATASET |= {"physics": (np.float64, 2)}
 MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "exploration_noise", "ood_noise", "beta_in"}
-MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts", "tau_states"}
+MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
 LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024}  # of flags
 LAPTOP = {"hidden": 256, "batch_size": 128, "learning_rate": 3e-4, "total_timesteps": 250_000}  # --scale laptop
 
@@ -85,14 +86,12 @@ class Args:
     """after training: datasets to write"""
     num_transitions: int = 1_000_000
     """transitions per dataset (medium-replay has as many as training saw)"""
-    compress: bool = False
-    """smaller dataset files: deflated, physics states rounded to 28 significant bits"""
     num_envs: int = 100
     """environments stepped in lockstep while collecting"""
     medium_step: int = 1_000_000
     """step at which the policy is the medium one; a multiple of --eval-every"""
     medium_return: float | None = None
-    """instead of --medium-step: the evaluated policy closest to this return, up to the first one that reaches it"""
+    """instead of --medium-step: at the first evaluation with this mean return or more"""
     overwrite: bool = False
     """replace output files that exist"""
     # algorithm
@@ -190,18 +189,6 @@ def td3_actor_loss(actor, critics, obs) -> torch.Tensor:
     return -critics(obs, actor(obs))[0].mean()
 
 
-def medium_so_far(rows: list, args) -> tuple[int | None, bool]:
-    """Which of the evaluations (step, task, episode returns) is the medium policy's, and whether that is final: the one
-    at --medium-step, or the one closest to --medium-return up to the first that reaches it."""
-    if args.medium_return is None:
-        found = [i for i, (step, *_) in enumerate(rows) if step == args.medium_step]
-        return (found[0], True) if found else (None, False)
-    distances = [abs(np.mean(values) - args.medium_return) for *_, values in rows]
-    reached = [i for i, (*_, values) in enumerate(rows) if np.mean(values) >= args.medium_return]
-    candidates = range(reached[0] + 1 if reached else len(rows))
-    return min(reversed(candidates), key=distances.__getitem__), bool(reached)
-
-
 def collect(policy, env, seeds, plain: int, mix: str, generator, device) -> dict:
     """One episode per seed of the initial state, by `policy` the first `plain` ones, then by its mix (thesis 5.2.4).
 
@@ -246,8 +233,7 @@ def evaluate(policy, env, device) -> list[float]:
 
 
 def main():
-    args, point = parse_args(Args, LAPTOP)
-    device = select_device(args.device, args.threads, args.matmul_precision)
+    args, point, device = parse_args(Args, LAPTOP)
     if args.policy is not None:
         return collect_only(args, device)
     task, env = args.task, LockstepEnv(args.task, 1, threads=1)
@@ -341,7 +327,8 @@ def main():
         if now % args.eval_every == 0 or now == total:
             rows.append([now, task, evaluate(actor, eval_env, device)])
             progress.write(write_returns(run_dir, writer, rows, {}, 1))
-            if medium_so_far(rows, args)[0] == len(rows) - 1:
+            wanted, value = args.medium_return, np.mean(rows[-1][2])
+            if medium is None and (now == args.medium_step if wanted is None else value >= wanted):
                 medium = {"step": now, "actor": {k: v.detach().clone() for k, v in actor.state_dict().items()}}
             replay_file.flush()
             replay_physics.flush()
@@ -351,7 +338,7 @@ def main():
 
     # final evaluation, checkpoints, datasets
     policies = {"expert": {"step": rows[-1][0], "actor": actor.state_dict()}}
-    policies |= {"medium": medium} if medium_so_far(rows, args)[1] else {}
+    policies |= {"medium": medium} if medium else {}
     final_env, returns = LockstepEnv(task, args.final_eval_episodes, args.threads), {}
     sizes = {"in_dim": env.obs_dim, "action_dim": env.action_dim, "hidden": args.hidden, "layer_norm": True}
     for level, policy in policies.items():
@@ -369,7 +356,8 @@ def main():
         arrays |= {"rewards": parts[2][:, 0], "timeouts": np.arange(1, n + 1) % length == 0}
         save_dataset(datasets["medium-replay"], arrays, args, task, "medium-replay", mix="training", policy=None)
     files = [str(path) for path in [*checkpoints.values(), *datasets.values()] if path.exists()]
-    result = {"returns": summarize(returns, {}), "files": files, "run_dir": str(run_dir)}
+    found = {k: {"mean": round(np.mean(v), 1), "std": round(np.std(v), 1)} for k, v in returns.items()}
+    result = {"returns": found, "files": files, "run_dir": str(run_dir)}
     print("RESULT", json.dumps(result | {"seconds": round(time.time() - clock)}))
     missed = f"--medium-return {args.medium_return}: never reached, no medium files were written"
     require("medium" in policies or datasets.keys() <= {"expert"}, missed)
@@ -397,7 +385,8 @@ def collect_only(args, device) -> None:
     path = Path(args.output or f"data/{stem.removesuffix('-behavior')}{'' if plain else '-' + args.mix}.npz")
     prepare_outputs(args, None, [path], [args.policy])
     returns = collect_dataset(args.policy, args.mix, path, args, device)
-    print("RESULT", json.dumps({"returns": summarize(returns, {}), "files": [str(path)]}))
+    found = {k: {"mean": round(np.mean(v), 1), "std": round(np.std(v), 1)} for k, v in returns.items()}
+    print("RESULT", json.dumps({"returns": found, "files": [str(path)]}))
 
 
 def collect_dataset(policy, mix: str, path: Path, args, device) -> dict:
@@ -424,11 +413,7 @@ def save_dataset(path, arrays: dict, args, task: str, level: str, **source) -> l
     returns = np.add.reduceat(arrays["rewards"], starts, dtype=np.float64).tolist()
     metadata = {"schema_version": SCHEMA_VERSION, "task": task, "level": level, **source, "seed": args.seed}
     metadata |= {"episode_returns": returns, "versions": VERSIONS}
-    if args.compress:  # the last bits of the float64 states are most of what does not compress
-        mantissa, exponent = np.frexp(arrays["physics"])
-        arrays = {**arrays, "physics": np.ldexp(np.round(mantissa * 2**28) / 2**28, exponent)}
-    save = np.savez_compressed if args.compress else np.savez
-    write_atomic(path, lambda file: save(file, **arrays, metadata=np.array(json.dumps(metadata))))
+    write_atomic(path, lambda file: np.savez(file, **arrays, metadata=np.array(json.dumps(metadata))))
     return returns
 
 
@@ -531,8 +516,6 @@ def load_checkpoint(path, kinds: tuple[str, ...], task: str | None = None) -> di
     with expecting("a readable checkpoint of these scripts, without pickled objects (those are refused)", path):
         assert zipfile.ZipFile(path).testzip() is None, "damaged bytes"  # torch.load does not compare check sums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"schema_version", "kind", "tasks", "args", "step", "sizes", "actor", "returns"} - checkpoint.keys()
-        assert not missing, f"none of {', '.join(sorted(missing))}"
         found, tasks = checkpoint["schema_version"], checkpoint["tasks"]
         assert found == SCHEMA_VERSION, f"schema version {found}, not {SCHEMA_VERSION}"
         assert checkpoint["kind"] in kinds, f"kind {checkpoint['kind']}, not {' or '.join(kinds)}"
@@ -555,15 +538,14 @@ def load_actor(checkpoint: dict, path) -> Actor:
 
 def write_atomic(path, write) -> None:
     """Call write(temporary file object beside path), then rename: a reader sees the old file or the whole new one."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    try:
-        with expecting("free space and a folder you may write to", path):
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    with expecting("free space and a folder you may write to", path):
+        try:
             with open(temporary, "wb") as file:
                 write(file)
             os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def save_point(run_dir: Path, args, step: int, modules: dict, generator, tables, rows: list, **more) -> None:
@@ -591,7 +573,10 @@ def restore(point: dict | None, steps: int, modules: dict, generator, tables) ->
 
 
 def parse_args(cls, laptop: dict):
-    """Command line -> (arguments, resume point or None); --scale laptop and --resume give the defaults of the flags."""
+    """Command line -> (arguments, resume point or None, device); --scale and --resume give the defaults of the flags.
+
+    Also sets torch's CPU threads (0: all cores) and precision.
+    """
     text = sys.modules[cls.__module__].__doc__
     args, point, default = tyro.cli(cls, description=text), None, cls()
     if args.resume is not None:
@@ -610,19 +595,15 @@ def parse_args(cls, laptop: dict):
             low, high = 0 if name in MAY_BE_ZERO or isinstance(value, bool) else "above 0", LIMITS.get(name, 2**31 - 1)
             fits = math.isfinite(value) and 0 <= value <= high and (value > 0 or low == 0)
             require(fits, f"--{name.replace('_', '-')}: expected a number from {low} to {high}, found {value}")
-    return args, point
-
-
-def select_device(device: str, threads: int, matmul_precision: str) -> torch.device:
-    """Set torch's CPU threads (0: all cores) and precision, return the device; fail where cuda is asked and missing."""
-    require(device != "cuda" or torch.cuda.is_available(), "--device cuda: no CUDA device was found; use --device cpu")
-    torch.set_num_threads(threads or os.cpu_count())
-    torch.set_float32_matmul_precision(matmul_precision)
+    cuda = torch.cuda.is_available()
+    require(args.device != "cuda" or cuda, "--device cuda: no CUDA device was found; use --device cpu")
+    torch.set_num_threads(args.threads or os.cpu_count())
+    torch.set_float32_matmul_precision(args.matmul_precision)
     with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
         mallopt(trim_threshold, 2**30)
         mallopt(mmap_threshold, 2**26)
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    return args, point, torch.device("cuda" if args.device != "cpu" and cuda else "cpu")
 
 
 def prepare_outputs(args, name: str | None, outputs: list[Path], inputs: list) -> Path:
@@ -635,13 +616,24 @@ def prepare_outputs(args, name: str | None, outputs: list[Path], inputs: list) -
     for path in outputs:
         free = args.resume is not None or args.overwrite or not path.exists()
         require(free, f"{path}: exists already; pass --overwrite to replace it")
-        usable = path.is_file() or not path.exists()
-        usable = usable and path.resolve() not in [Path(other).resolve() for other in inputs]
+        usable = not path.exists() or (path.is_file() and path.resolve() not in [Path(x).resolve() for x in inputs])
         require(usable, f"{path}: expected a file that this run may write, found one of its inputs or no plain file")
     for folder in [*([run_dir] if name else []), *(path.parent for path in outputs)]:
         with expecting("a folder that can be made and written", folder):
             folder.mkdir(parents=True, exist_ok=True)
             assert os.access(folder, os.W_OK), "no permission"
+    if name:
+        with expecting("a folder that no other run writes to", run_dir):
+            lock = os.open(run_dir / "lock", os.O_CREAT | os.O_RDWR)  # until the process ends
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def stop(number, frame):
+        hint = f"; continue with --resume {run_dir}" if (run_dir / "resume.pt").exists() else ", without a resume point"
+        print(f"{Path(sys.argv[0]).name}: stopped{hint}", file=sys.stderr)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C; kill
+        signal.signal(number, stop)
     return run_dir
 
 
@@ -666,12 +658,6 @@ def write_returns(run_dir: Path, writer: SummaryWriter, rows: list, references: 
         beside = ", ".join(f"{name} {value:.1f}" for name, value in references.get(task, {}).items())
         texts.append(f"{task} {np.mean(values):.1f} +- {np.std(values):.1f}{beside and f' ({beside})'}")
     return " ".join(texts)
-
-
-def summarize(returns: dict, references: dict) -> dict:
-    """Mean and std over episodes beside the references, for the RESULT line."""
-    numbers = {k: {"mean": np.mean(v), "std": np.std(v)} | references.get(k, {}) for k, v in returns.items()}
-    return {k: {n: round(x, 1) for n, x in v.items()} | {"episodes": len(returns[k])} for k, v in numbers.items()}
 
 
 def in_cuda_graph(update, enabled: bool, generator: torch.Generator):

@@ -10,11 +10,13 @@ One value varies, the others stay at the scripts' defaults (PBRL and TD3 batch 1
 import contextlib
 import json
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import numpy as np
 import speed  # puts the scripts on the path
@@ -153,7 +155,8 @@ def plot(points: list, path: Path) -> None:
 
 def main():
     args = tyro.cli(Args, description=__doc__)
-    mop_distill.select_device(args.device, args.threads, "highest")
+    with mock.patch.object(sys, "argv", ["mop_distill.py", "--device", args.device, "--threads", str(args.threads)]):
+        mop_distill.parse_args(mop_distill.Args, mop_distill.LAPTOP)  # torch's settings, as in the scripts
     points, clock = [], time.time()
     print(f"{'axis':10}{'value':>10} {'work':22}{'ms':>10}{'floor':>10}{'ratio':>8}")
     for axis in args.axes:

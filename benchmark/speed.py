@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -394,7 +395,9 @@ def main():
     file, _, name = (args.peer or "").partition(":")
     if args.peer and not (Path(file).is_file() and name):
         raise SystemExit(f"speed.py: error: --peer {args.peer}: expected FILE.py:FUNCTION, an existing file")
-    mop_distill.select_device(args.device, args.threads, args.matmul_precision)
+    options = ["--device", args.device, "--threads", str(args.threads), "--matmul-precision", args.matmul_precision]
+    with mock.patch.object(sys, "argv", ["mop_distill.py", *options]):  # torch's settings, as in the scripts
+        mop_distill.parse_args(mop_distill.Args, mop_distill.LAPTOP)
     peer = load_peer(args)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # the scripts write to runs/ and data/
         results = time_works(args, Path(folder), peer)

@@ -117,7 +117,8 @@ def test_freed_memory_is_reused():
 import resource, sys
 sys.path.insert(0, {root!r})
 import torch, mop_distill
-mop_distill.select_device("cpu", 1, "highest")
+sys.argv = ["mop_distill.py", "--threads", "1"]
+mop_distill.parse_args(mop_distill.Args, mop_distill.LAPTOP)
 for i in range(11):
     if i == 1:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -26,19 +26,18 @@ EXCEPTIONS = {
     "Args.batch_size": "of transitions, of states per task",
     "Args.gradient_steps": "thesis: 1M for teachers, 500k for students",
     "Args.tau": "thesis: 1e-2 for TD3, 5e-3 for PBRL",
-    "Args.tau_states": "a student's evaluation; a measurement",
     "Args.policy_noise": "thesis: 0.3 for TD3, 0.2 for PBRL",
     "Args.noise_clip": "TD3 0.3, PBRL 0.5; in PBRL for the OOD noise, too",
 }
 SIMULATING = {"mop_td3_collect", "mop_measure"}  # in mujoco.batch; they also load behaviours, which have a LayerNorm
 IN_TWO_FORMS = {"Actor", "Critics", "evaluate"}  # one text in SIMULATING, one in the others
 LINES = {  # above the line that ends the method, in all
-    "mop_td3_collect": (380, 705),
+    "mop_td3_collect": (380, 690),
     "mop_pbrl_teacher": (380, 620),
-    "mop_distill": (390, 700),
-    "mop_ds": (480, 760),
-    "mop_oqs": (480, 790),
-    "mop_measure": (480, 685),
+    "mop_distill": (380, 690),
+    "mop_ds": (480, 750),
+    "mop_oqs": (480, 780),
+    "mop_measure": (480, 680),
 }
 
 
@@ -88,7 +87,7 @@ def test_the_method_comes_first_and_the_rest_is_short(name):
 def test_what_the_two_extensions_do_not_share():
     ds, oqs = ((ROOT / f"{name}.py").read_text().splitlines() for name in ("mop_ds", "mop_oqs"))
     changed = [line for line in difflib.ndiff(ds, oqs) if line.startswith(("- ", "+ "))]
-    assert len(changed) <= 75
+    assert len(changed) <= 70
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

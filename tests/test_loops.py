@@ -41,7 +41,7 @@ DEFAULTS = {
     "td3": {
         **RUN,
         **{"task": "walker-walk", "policy": None, "mix": "online", "datasets": ("medium", "expert", "medium-replay")},
-        **{"num_transitions": 1_000_000, "compress": False, "num_envs": 100, "medium_step": 1_000_000},
+        **{"num_transitions": 1_000_000, "num_envs": 100, "medium_step": 1_000_000},
         **{"medium_return": None, "total_timesteps": 2_000_000, "learning_rate": 1e-4, "batch_size": 1024},
         **{"hidden": 1024, "gamma": 0.99, "tau": 0.01, "policy_noise": 0.3, "noise_clip": 0.3},
         **{"exploration_noise": 0.2, "policy_frequency": 2, "learning_starts": 4_000},
@@ -55,7 +55,7 @@ DEFAULTS = {
     "distill": {
         **RUN,
         **STUDENT,
-        **{"states": ("offline",), "loss": "mse", "regularizer": "none", "reg_lambda": 100.0, "tau_states": 1000},
+        **{"states": ("offline",), "loss": "mse", "regularizer": "none", "reg_lambda": 100.0},
     },
     "ds": RUN | STUDENT | TEACHERS | PBRL,
     "oqs": RUN | STUDENT | TEACHERS | PBRL,
@@ -604,7 +604,7 @@ def test_distillation_equals_a_plain_loop(world, tmp_path, monkeypatch, kind):
     data = [write_dataset(tmp_path / f"{i}.npz", t, made_up(40 + 30 * i, seed=i)) for i, t in enumerate(tasks)]
     sizes = {"obs_dim": 3, "action_dim": 2, "log_std": bounds}
     paths = [write_teacher(tmp_path / f"{i}.pt", t, seed=i, **sizes) for i, t in enumerate(tasks)]
-    settings = FILES | SMALL | {"seed": 4, "reg_lambda": 0.3, "tau_states": 7, "eval_every": 1000}
+    settings = FILES | SMALL | {"seed": 4, "reg_lambda": 0.3, "eval_every": 1000}
     options = ["--loss", kind] if kind in ("q", "kl") else []
     options += ["--regularizer", kind] if kind in ("ndcg", "pairwise", "listwise") else []
     options += ["--task-encoding", "onehot"] if kind == "onehot" else []

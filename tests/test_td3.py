@@ -72,26 +72,21 @@ def test_each_critic_starts_different():
     assert all((critics.w1[i] != critics.w1[j]).any() for i in range(5) for j in range(i))
 
 
-def medium_after(returns, **kwargs):
-    """Of evaluations at steps 1, 2, ...: the steps whose policy was kept as the medium one, and whether it is final."""
-    args, rows, kept, known = td3.Args(**kwargs), [], [], False
-    for step, value in enumerate(returns, start=1):
-        rows.append([step, "walker-walk", [value - 1.0, value + 1.0]])
-        index, known = td3.medium_so_far(rows, args)
-        if index == len(rows) - 1:
-            kept.append(step)
-    return kept, known
-
-
-def test_medium_by_return_is_the_closest_up_to_the_first_that_reaches_it():
-    assert medium_after([100, 440, 900, 463], medium_return=463) == ([1, 2], True)  # 440 is closer than 900
-    assert medium_after([100, 300, 470, 463], medium_return=463) == ([1, 2, 3], True)  # 463 came later
-    assert medium_after([100, 440, 200], medium_return=463) == ([1, 2], False)  # never reached
-
-
-def test_medium_by_step():
-    assert medium_after([1, 2, 3, 4], medium_step=3) == ([3], True)
-    assert medium_after([1, 2], medium_step=3) == ([], False)
+@pytest.mark.parametrize(
+    "flags, steps",
+    [
+        (["--medium-return", 300], {"medium": 2000, "expert": 4000}),  # the first that reaches it, not the closest
+        (["--medium-step", 3000], {"medium": 3000, "expert": 4000}),
+        (["--medium-return", 500], {"expert": 4000}),  # never reached
+    ],
+)
+def test_which_policy_is_the_medium_one(run_main, tmp_path, monkeypatch, flags, steps):
+    returns = iter([100.0, 350.0, 310.0, 400.0, *[0.0] * 2])
+    monkeypatch.setattr(td3, "evaluate", lambda *_: [next(returns)] * 2)
+    options = ["--total-timesteps", 4000, "--eval-every", 1000, "--learning-starts", 4000, "--hidden", 8]
+    run_main(td3, *options, "--datasets", "expert", "--num-transitions", 1000, *flags)
+    paths = {path.stem.split("-")[2]: path for path in (tmp_path / "checkpoints").glob("*.pt")}
+    assert {level: torch.load(path, weights_only=True)["step"] for level, path in paths.items()} == steps
 
 
 def shorten_episodes(monkeypatch, length):
