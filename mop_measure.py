@@ -22,6 +22,7 @@ import ctypes
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -400,6 +401,13 @@ def read_args() -> tuple[Args, torch.device]:
     require(args.student or args.teachers or args.shift, f"nothing to measure; {hint}")
     require(args.tasks or not args.teachers, "--tasks: expected one task or more, the columns of the cross-task table")
     require(len(args.shift) in (0, 2), f"--shift: expected two dataset files, found {len(args.shift)}")
+
+    def stop(number, frame):
+        print(f"{Path(sys.argv[0]).name}: stopped, nothing was measured", file=sys.stderr)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C; kill
+        signal.signal(number, stop)
     cuda = torch.cuda.is_available()
     require(args.device != "cuda" or cuda, "--device cuda: no CUDA device was found; use --device cpu")
     torch.set_num_threads(args.threads or os.cpu_count())

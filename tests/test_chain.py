@@ -157,6 +157,27 @@ def test_killed_and_resumed_ends_with_the_same_weights(chain, tmp_path, name):
                 assert all(np.array_equal(a[key], b[key]) for key in a.files if key != "metadata")
 
 
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_by_a_signal(chain, tmp_path, number, code):
+    """One line that says how to go on; meanwhile no second run may write to the folder."""
+    for name in ("data", "checkpoints"):
+        (tmp_path / name).symlink_to(chain[0] / name)
+    command = [sys.executable, ROOT / "mop_distill.py", *DISTILL, "--gradient-steps", 10**6, "--run-dir", "run"]
+    process = subprocess.Popen([str(c) for c in command], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run/resume.pt").is_file() and process.poll() is None:
+        time.sleep(0.02)
+    second = script("mop_distill", "--resume", "run", cwd=tmp_path)
+    assert second.returncode == 1 and len(second.stderr.splitlines()) == 1, second.stderr
+    assert "run: expected a folder that no other run writes to" in second.stderr
+    process.send_signal(number)
+    assert process.communicate()[1] == "mop_distill.py: stopped; continue with --resume run\n"
+    assert process.returncode == code and not list(tmp_path.rglob("*.tmp"))
+    (tmp_path / "run/.resume.pt.tmp").write_bytes(b"left by a run that was killed while it saved")
+    step = torch.load(tmp_path / "run/resume.pt", weights_only=True)["step"]
+    result(script("mop_distill", "--resume", "run", "--gradient-steps", step + 1, cwd=tmp_path))
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 def test_two_tasks_through_every_script(chain, run_main, tmp_path):
     """collect -> teacher (also Gaussian, naive) -> distill, ds, oqs -> measure: each reads what the others wrote."""
     import mop_distill as distill
