@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import time
+import zipfile
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -487,7 +488,7 @@ def restore(point: dict | None, steps: int, modules: dict, generator, tables) ->
             for parameter, state in getattr(module, "state", {}).items():  # Adam's, whose shapes torch does not check
                 assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape, f"other shapes in {name}"
         generator.set_state(point["generator"])
-        return point["step"], list(point["rows"])
+        return point["step"], [[int(now), str(task), list(map(float, found))] for now, task, found in point["rows"]]
 
 
 def parse_args(cls, laptop: dict):
@@ -500,6 +501,7 @@ def parse_args(cls, laptop: dict):
     if args.resume is not None:
         path = Path(args.resume) / "resume.pt"
         with expecting(f"a run folder with a resume point of {Path(__file__).name}", f"--resume {args.resume}"):
+            assert zipfile.ZipFile(path).testzip() is None, "damaged bytes"
             point = torch.load(path, map_location="cpu", weights_only=True)
             assert point["script"] == Path(__file__).stem, f"one of {point['script']}.py"
             default = replace(cls(**point["args"]), resume=args.resume, run_dir=args.resume)
