@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ def one_thread():
 def run_main(monkeypatch, capsys, tmp_path):
     """Run a script's main() in tmp_path with the given command line; returns its RESULT, or (exit code, error text)."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # Ctrl-C is for pytest
 
     def run(module, *args):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
