@@ -171,7 +171,11 @@ def test_teacher_of_another_observation_size(run_main, tmp_path):
         (distill, ["--states", "online", "--data", "c.npz", "d.npz"], ["--states", "without --data"]),
         (distill, ["--states", "a.npz", "b.npz"], ["a.npz", "FileNotFoundError"]),
         (distill, ["--tasks", "walker-stand", "--regularizer", "ndcg"], ["--regularizer", "two or more"]),
-        (distill, ["--loss", "kl"], ["walker-stand-medium-teacher-gaussian.pt", "--actor gaussian"]),
+        (
+            distill,
+            ["--loss", "kl", "--level", "expert"],
+            ["walker-stand-expert-teacher-gaussian.pt", "--actor gaussian"],
+        ),
         (distill, ["--reg-lambda", -1], ["--reg-lambda", "-1"]),
         (pbrl, ["--tasks", "walker-stand"], ["--tasks", "two or more", "--task"]),
         (pbrl, ["--tasks", "walker-stand", "walker-stand"], ["--tasks", "distinct"]),
