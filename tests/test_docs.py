@@ -6,6 +6,7 @@ end: what one command makes is there for the next ones. Names in <> are read as 
 """
 
 import ast
+import glob
 import json
 import re
 import runpy
@@ -113,6 +114,9 @@ def run(argv, number, capsys):
     command = " ".join(argv)
     name = next((Path(word).stem for word in argv[1:3] if Path(word).stem in SCRIPTS), None)
     assert argv[0] == "python" and name, f"neither a script nor listed in NOT_RUN: {command}"
+    argv = [
+        path for word in argv for path in ("*" in word and sorted(glob.glob(word))) or [word]
+    ]  # of files made since
     mix = argv[argv.index("--mix") + 1] if "--mix" in argv else "online"
     tiny = TINY[f"{name} --policy" if "--policy" in argv else name].format(WHOLE[mix]).split()
     run_dir = [] if {"--run-dir", "--resume", "--policy"} & {*argv} else ["--run-dir", f"runs/docs-{number}"]
