@@ -52,8 +52,8 @@ def test_claimed_returns_are_reproduced_and_teachers_reach_their_behaviour(task,
 @pytest.mark.parametrize("task", TASKS)
 def test_bundled_datasets(task):
     data, metadata = distill.load_dataset(ROOT / "pretrained" / f"{task}-medium.npz", task)
-    assert len(data["rewards"]) == 12_000 and metadata["mix"] == "online"
-    sums = data["rewards"].reshape(12, 1000).sum(axis=1)
+    assert len(data["rewards"]) == 19_000 and metadata["mix"] == "online"
+    sums = data["rewards"].reshape(19, 1000).sum(axis=1)
     np.testing.assert_allclose(sums, metadata["episode_returns"], rtol=1e-4)
     behavior = td3.load_checkpoint(ROOT / "pretrained" / f"{task}-medium-behavior.pt", ("behavior",), task)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_bundled_datasets(task):
 
     env = suite.load(*task.split("-"), environment_kwargs={"flat_observation": True})
     env.reset()
-    for row in range(0, 12_000, 301):
+    for row in range(0, 19_000, 501):
         with env.physics.reset_context():
             env.physics.set_state(data["physics"][row])
         assert env.task.get_reward(env.physics) == pytest.approx(data["rewards"][row], abs=1e-6)
