@@ -19,7 +19,6 @@ logs in the run's folder under runs/.
 import ctypes
 import fcntl
 import json
-import math
 import os
 import signal
 import sys
@@ -41,6 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from dm_control import suite
+from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -54,67 +54,41 @@ MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "explor
 MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
 LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024}  # of flags
 TAU_STATES = 1000  # of an evaluation's states, in which the hidden layers' tau is taken
-LAPTOP = {"gradient_steps": 50_000, "learning_rate": 1e-3}  # --scale laptop
+LAPTOP = {"gradient_steps": 20_000, "learning_rate": 1e-3}  # --scale laptop
 
 
 @dataclass
 class Args:
     # experiment
-    tasks: tuple[str, ...] = ("walker-stand", "walker-walk")
-    """tasks of the dm_control suite, DOMAIN-TASK; the position is the task id"""
-    seed: int = 1
-    """seed of the weights, the noise and the batches"""
-    scale: Literal["thesis", "laptop"] = "thesis"
-    """defaults of the flags: the thesis's, or settings for one CPU core (LAPTOP in the script)"""
-    run_dir: str | None = None
-    """folder for the logs, curves and the resume point; default: runs/<script and settings>-<time>"""
-    resume: str | None = None
-    """run folder to continue; its stored arguments become the defaults"""
-    eval_every: int = 10_000
-    """steps between evaluations and resume points"""
-    eval_episodes: int = 10
-    """episodes per evaluation during training, always from the same initial states"""
-    final_eval_episodes: int = 100
-    """episodes of the evaluation stored in the checkpoint"""
+    tasks: tuple[str, ...] = ("walker-stand", "walker-walk")  # suite tasks, DOMAIN-TASK; the position is the id
+    seed: int = 1  # seed of the weights, the noise and the batches
+    scale: Literal["thesis", "laptop"] = "thesis"  # defaults of the flags: the thesis's, or LAPTOP's for one CPU core
+    run_dir: str | None = None  # of logs, curves and the resume point; default: runs/<script and settings>-<time>
+    resume: str | None = None  # run folder to continue; its stored arguments become the defaults
+    eval_every: int = 10_000  # steps between evaluations and resume points
+    eval_episodes: int = 10  # episodes per evaluation during training, always from the same initial states
+    final_eval_episodes: int = 100  # episodes of the evaluation stored in the checkpoint
     # data
-    level: tuple[Literal["medium", "expert", "medium-replay"], ...] = ("medium",)
-    """level of the behaviour policy in the default file names; one, or one per task"""
-    data: tuple[str, ...] = ()
-    """dataset files, one per task; default: data/<task>-<level>.npz, else the bundled one in pretrained/"""
-    states: tuple[str, ...] = ("offline",)
-    """offline: the states of the datasets; online: of the teachers' own trajectories; or .npz files, one per task"""
-    teachers: tuple[str, ...] = ()
-    """teacher checkpoints, one per task; default: checkpoints/<task>-<level>-teacher.pt (kl: -teacher-gaussian.pt)"""
-    output: str | None = None
-    """student's file instead of the one in the run's folder"""
-    overwrite: bool = False
-    """replace output files that exist"""
+    level: tuple[Literal["medium", "expert", "medium-replay"], ...] = ("medium",)  # of the behaviour; one or per task
+    data: tuple[str, ...] = ()  # dataset files, one per task; default: data/<task>-<level>.npz, else in pretrained/
+    states: tuple[str, ...] = ("offline",)  # offline: the datasets'; online: of the teachers' episodes; or .npz files
+    teachers: tuple[str, ...] = ()  # one per task; default: checkpoints/<task>-<level>-teacher[-gaussian].pt
+    output: str | None = None  # student's file instead of the one in the run's folder
+    overwrite: bool = False  # replace output files that exist
     # algorithm
-    loss: Literal["mse", "q", "kl"] = "mse"
-    """distillation loss; kl needs Gaussian teachers"""
-    regularizer: Literal["none", "ndcg", "pairwise", "listwise"] = "none"
-    """ranking loss between a hidden layer's activations under the own and under another task id"""
-    reg_lambda: float = 100.0
-    """weight of the regularizer"""
-    task_encoding: Literal["number", "onehot"] = "number"
-    """how the student reads the task id: as one number, or as one flag per task"""
-    gradient_steps: int = 500_000
-    """updates"""
-    learning_rate: float = 1e-4
-    """Adam's"""
-    batch_size: int = 1024
-    """states per task and update"""
-    hidden: int = 256
-    """width of both hidden layers"""
+    loss: Literal["mse", "q", "kl"] = "mse"  # distillation loss; kl needs Gaussian teachers
+    regularizer: Literal["none", "ndcg", "pairwise", "listwise"] = "none"  # of hidden layers, between task ids
+    reg_lambda: float = 100.0  # weight of the regularizer
+    task_encoding: Literal["number", "onehot"] = "number"  # the task id as one number or as a flag per task
+    gradient_steps: int = 500_000  # updates
+    learning_rate: float = 1e-4  # Adam's
+    batch_size: int = 1024  # states per task and update
+    hidden: int = 256  # width of both hidden layers
     # system
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is one"""
-    threads: int = 0
-    """CPU threads of torch and of the physics; 0: all cores"""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """of torch.set_float32_matmul_precision: float32, or operands of fewer bits where that is faster (docs/speed.md)"""
-    cuda_graph: bool = False
-    """on CUDA: replay an update as one CUDA graph instead of operation by operation"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    threads: int = 0  # CPU threads of torch and of the physics; 0: all cores
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of torch.set_float32_matmul_precision
+    cuda_graph: bool = False  # on CUDA: replay an update as one CUDA graph instead of operation by operation
 
 
 # ----------------------------------------------------------------------------------------------------------- networks
@@ -209,22 +183,14 @@ def listwise_loss(x, y) -> torch.Tensor:
 
 
 def pairwise_loss(x, y) -> torch.Tensor:
-    """sum_ij log(1 + exp(-(x_i - x_j) (y_i - y_j))), (R, n) -> (R,).
+    """sum_ij log(1 + exp(-(x_i - x_j) (y_i - y_j))), (R, n) -> (R,); the (R, n, n) terms exist a few rows at a time."""
 
-    The (R, n, n) terms are made a few rows at a time and their gradient with them: memory stays that of x and y.
-    """
-    losses = []
-    for a, b in zip(x.split(16), y.split(16), strict=True):  # (r, n)
-        a0, b0 = a.detach().requires_grad_(), b.detach().requires_grad_()
-        terms = F.softplus((a0[:, None] - a0[:, :, None]) * (b0[:, :, None] - b0[:, None]))  # (r, n, n)
-        loss = terms.sum(dim=(1, 2))
-        grad_a, grad_b = torch.autograd.grad(loss.sum(), (a0, b0))
-        zero = (a - a0.detach()) * grad_a + (b - b0.detach()) * grad_b  # of value 0, with the loss's gradient
-        losses.append(loss.detach() + zero.sum(dim=1))
-    return torch.cat(losses)
+    def some_rows(a, b):
+        return F.softplus((a[:, None] - a[:, :, None]) * (b[:, :, None] - b[:, None])).sum(dim=(1, 2))
 
-
-RANKING_LOSSES = {"ndcg": ndcg_loss, "pairwise": pairwise_loss, "listwise": listwise_loss}
+    slices = zip(x.split(16), y.split(16), strict=True)
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([recompute(some_rows, a, b, **options) for a, b in slices])  # once more in the backward pass
 
 
 def ranking_regularizer(ranking_loss, student, x, others) -> torch.Tensor:
@@ -238,26 +204,24 @@ def ranking_regularizer(ranking_loss, student, x, others) -> torch.Tensor:
 
 
 @torch.no_grad()
-def kendall_tau(x: torch.Tensor, y: torch.Tensor, rows: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+@partial(torch.vmap, chunk_size=64)
+def kendall_tau(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Kendall's tau-a and tau-b between rows of x and of y, (B, n) -> (B,), (B,) f64; tau-b of a constant row is NaN.
 
     s_ij = sign(x_i - x_j) sign(y_i - y_j) is 1 for a concordant pair, -1 for a discordant one and 0 for a tie; tau-a
     divides its sum by the number of pairs, tau-b by that of pairs not tied in x or y (their geometric mean).
     """
-    sums = []
-    for a, b in zip(x.split(rows), y.split(rows), strict=True):
-        a, b = ((v[:, :, None] > v[:, None]).char() - (v[:, :, None] < v[:, None]).char() for v in (a, b))  # (B, n, n)
-        sums.append(torch.stack([(u * v).sum(dim=(1, 2), dtype=torch.float64) for u, v in ((a, b), (a, a), (b, b))]))
-    both, in_x, in_y = torch.cat(sums, dim=1)  # every pair is counted twice
-    return both / (x.shape[1] * (x.shape[1] - 1)), both / (in_x * in_y).sqrt()
+    a, b = ((v[:, None] > v).char() - (v[:, None] < v).char() for v in (x, y))  # (n, n) of one row
+    both, in_x, in_y = ((u * v).sum(dtype=torch.float64) for u, v in ((a, b), (a, a), (b, b)))  # all pairs twice
+    return both / (len(x) * (len(x) - 1)), both / (in_x * in_y).sqrt()
 
 
 @torch.no_grad()
 def layer_taus(student: Actor, obs: torch.Tensor, i: int, m: int, onehot: int) -> list[tuple[float, float, float]]:
     """Per hidden layer, tau of states (B, obs) under id i and each other id: tau-a's mean and std, tau-b's mean."""
     own, *others = (hidden_layers(student, add_task(obs, (i + k) % m, onehot)) for k in range(m))
-    pairs = [[kendall_tau(own[layer], other[layer]) for other in others] for layer in range(2)]
-    taus = [[torch.cat(tau) for tau in zip(*pair, strict=True)] for pair in pairs]  # layers x (tau-a, tau-b)
+    layers = [(own[j].repeat(m - 1, 1), torch.cat([other[j] for other in others])) for j in range(2)]
+    taus = [kendall_tau(*layer) for layer in layers]  # layers x (tau-a, tau-b)
     return [(a.mean().item(), a.std().item(), b.nanmean().item()) for a, b in taus]
 
 
@@ -270,9 +234,8 @@ def main():
     onehot = m if args.task_encoding == "onehot" else 0
     in_dim = obs_dim + (onehot or 1)
     table, counts, critics, bounds, references, inputs = load_inputs(args, (obs_dim, action_dim), onehot, device)
-    name = f"{args.loss}{'' if args.regularizer == 'none' else '-' + args.regularizer}-{args.hidden}"
-    outputs = [Path(args.output)] if args.output else []
-    run_dir = prepare_outputs(args, f"{name}-{'+'.join(dict.fromkeys(args.level))}-seed{args.seed}", outputs, inputs)
+    name = f"{args.loss}-{args.regularizer}-{args.hidden}-{'+'.join(dict.fromkeys(args.level))}-seed{args.seed}"
+    run_dir = prepare_outputs(args, name, [Path(args.output)] if args.output else [], inputs)
     output = Path(args.output or run_dir / "student.pt")
 
     # network
@@ -284,7 +247,8 @@ def main():
     modules = {"student": student, "optimizer": optimizer}
     start, rows = restore(point, args.gradient_steps, modules, generator, [table])
     tau_rows = list(point["tau_rows"]) if point else []
-    ends = np.cumsum(counts).tolist()
+    ranking_loss = {"ndcg": ndcg_loss, "pairwise": pairwise_loss, "listwise": listwise_loss}.get(args.regularizer)
+    ends, visited = np.cumsum(counts).tolist(), []  # of the tables' rows; the states of an evaluation
 
     def update() -> dict:
         # sample a batch of every task
@@ -305,7 +269,7 @@ def main():
         if args.regularizer != "none":
             batches = x[:, :obs_dim].chunk(m)
             others = [torch.cat([add_task(batches[i], (i + k) % m, onehot) for i in range(m)]) for k in range(1, m)]
-            rank_loss = ranking_regularizer(RANKING_LOSSES[args.regularizer], student, x, others).mean()
+            rank_loss = ranking_regularizer(ranking_loss, student, x, others).mean()
             loss = loss + args.reg_lambda * rank_loss
             metrics[f"loss/{args.regularizer}"] = rank_loss.detach()
         optimizer.zero_grad()
@@ -313,15 +277,9 @@ def main():
         optimizer.step()
         return metrics | {"loss/total": loss.detach()}
 
-    def evaluate_task(i: int, envs: list) -> tuple[list, torch.Tensor]:
-        """Episode returns of the student under task id i, and the states it visited, (T * n, obs)."""
-        visited = []
-
-        def policy(obs):
-            visited.append(obs)
-            return student(add_task(obs, i, onehot))
-
-        return evaluate(policy, envs, device), torch.cat(visited)
+    def policy(i: int, obs: torch.Tensor) -> torch.Tensor:
+        visited.append(obs)
+        return student(add_task(obs, i, onehot))
 
     updates = in_cuda_graph(update, args.cuda_graph, generator)
     writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
@@ -336,29 +294,24 @@ def main():
         now = step + 1
         at_evaluation = now % args.eval_every == 0 or now == args.gradient_steps
         if now % 1000 == 0 or at_evaluation:
-            speed = {"speed/steps_per_second": (now - start) / (time.time() - clock)}
-            log(writer, now, metrics | speed)
+            log(writer, now, metrics | {"speed/steps_per_second": (now - start) / (time.time() - clock)})
         if at_evaluation:
-            texts = []
             for i, task in enumerate(tasks):
-                returns, visited = evaluate_task(i, envs[i])
-                rows.append([now, task, returns])
-                texts.append(write_returns(run_dir, writer, rows, references, 1).removeprefix(f"step {now}: "))
-                if m > 1:
-                    sample = np.random.default_rng(now).permutation(len(visited))[:TAU_STATES]
-                    taus = layer_taus(student, visited[torch.from_numpy(sample).to(device)], i, m, onehot)
-                    for layer, values in enumerate(taus, start=1):
-                        tau_rows.append([now, task, layer, *values])
-                        writer.add_scalar(f"tau_layer{layer}/{task}", values[0], now)
-                    texts[-1] += " tau " + ", ".join(f"{row[3]:.2f}" for row in tau_rows[-2:])
-            progress.write(f"step {now}: {'; '.join(texts)}; loss {metrics['loss/total'].item():.2g}")
-            write_taus(run_dir, tau_rows)
+                visited.clear()
+                rows.append([now, task, evaluate(partial(policy, i), envs[i], device)])
+                states = torch.cat(visited)
+                sample = np.random.default_rng(now).permutation(len(states))[:TAU_STATES]
+                taus = layer_taus(student, states[torch.from_numpy(sample).to(device)], i, m, onehot) if m > 1 else []
+                tau_rows += [[now, task, layer, *values] for layer, values in enumerate(taus, start=1)]
+            text = write_returns(run_dir, writer, rows, references, m) + write_taus(run_dir, writer, tau_rows, now)
+            progress.write(f"{text}; loss {metrics['loss/total'].item():.2g}")
             save_point(run_dir, args, now, modules, generator, [table], rows, tau_rows=tau_rows)
     progress.close()
     writer.close()
 
     # final evaluation, checkpoint
-    returns = {task: evaluate_task(i, make_envs(task, args.final_eval_episodes))[0] for i, task in enumerate(tasks)}
+    envs = [make_envs(task, args.final_eval_episodes) for task in tasks]
+    returns = {task: evaluate(partial(policy, i), envs[i], device) for i, task in enumerate(tasks)}
     sizes = {"in_dim": in_dim, "obs_dim": obs_dim, "action_dim": action_dim, "hidden": args.hidden, "log_std": bounds}
     sizes |= {"layer_norm": False, "task_encoding": args.task_encoding}
     levels = [args.level[i % len(args.level)] for i in range(m)]
@@ -366,11 +319,9 @@ def main():
     checkpoint |= {"args": vars(args), "step": args.gradient_steps, "sizes": sizes, "returns": returns}
     write_atomic(output, partial(torch.save, checkpoint | {"actor": student.state_dict(), "versions": VERSIONS}))
     files = [str(path) for path in (output, run_dir / "returns.csv", run_dir / "tau.csv")]
+    taus = {task: [round(row[3], 3) for row in tau_rows[-2 * m :] if row[1] == task] for task in tasks}
     found = {t: {"mean": round(np.mean(v), 1), "std": round(np.std(v), 1)} | references[t] for t, v in returns.items()}
-    result = {"returns": found, "files": files, "run_dir": str(run_dir)}
-    if m > 1:
-        last = [row for row in tau_rows if row[0] == args.gradient_steps]
-        result["tau"] = {task: [round(row[3], 3) for row in last if row[1] == task] for task in tasks}
+    result = {"returns": found, "files": files, "run_dir": str(run_dir), "tau": taus}
     print("RESULT", json.dumps(result | {"seconds": round(time.time() - clock)}))
 
 
@@ -381,9 +332,8 @@ def load_inputs(args, sizes: tuple, onehot: int, device):
     tasks, m = args.tasks, len(args.tasks)
     fits = len(set(tasks)) == m and len({task.partition("-")[0] for task in tasks}) == 1
     require(fits, f"--tasks: expected distinct tasks of one domain, found {', '.join(tasks)}")
-    for name in ("level", "data", "teachers"):
-        found, fits = len(getattr(args, name)), (1, m) if name == "level" else (0, m)
-        require(found in fits, f"--{name}: expected one per task ({m}: {', '.join(tasks)}), found {found}")
+    fits = len(args.level) in (1, m) and len(args.data) in (0, m) and len(args.teachers) in (0, m)
+    require(fits, f"--level, --data, --teachers: expected one per task ({m}: {', '.join(tasks)})")
     offline, online = args.states == ("offline",), args.states == ("online",)
     fits = offline or (not args.data and (online or len(args.states) == m))
     require(fits, f"--states: expected offline, or without --data online or one file per task, found {args.states}")
@@ -401,32 +351,32 @@ def load_inputs(args, sizes: tuple, onehot: int, device):
         bounds = list(found) if kl and i == 0 and found else bounds
         fits = not kl or (found and list(found) == bounds)
         require(fits, f"{teacher_path}: expected Gaussian teachers of one kind, found log std {found}; {hint}")
-        if offline:
-            hint = f"python mop_td3_collect.py --task {task}"
-            path = args.data[i] if args.data else find_file("data", f"{task}-{level}.npz", hint)
-        elif online:
-            hint = f"python mop_td3_collect.py --policy {teacher_path} --mix online"
-            path = find_file("data", f"{Path(teacher_path).stem}-online.npz", hint)
-        else:
-            path = args.states[i]
+        stem = f"{Path(teacher_path).stem}-online" if online else f"{task}-{level}"
+        hint = f"python mop_td3_collect.py {f'--policy {teacher_path} --mix online' if online else f'--task {task}'}"
+        files = args.data or (() if offline or online else args.states)
+        path = files[i] if files else find_file("data", f"{stem}.npz", hint)
         data, _ = load_dataset(path, task if offline or online else None, sizes)
         found = actor.net[0].in_features
         require(found == sizes[0], f"{teacher_path}: expected a teacher of {sizes[0]} observations, found {found}")
         obs = torch.from_numpy(data["observations"]).to(device)
-        said = [] if args.loss == "q" else [torch.cat([actor(part) for part in obs.split(65_536)])]
-        said = said if kl or not said else [said[0][:, : sizes[1]]]  # of a Gaussian teacher the mean
-        tables.append(torch.cat([add_task(obs, i, onehot), *said], dim=1))
+        width = {"mse": sizes[1], "q": 0, "kl": 2 * sizes[1]}[args.loss]  # for mse, of a Gaussian teacher the mean
+        said = torch.cat([actor(part)[:, :width] for part in obs.split(65_536)])
+        tables.append(torch.cat([add_task(obs, i, onehot), said], dim=1))
         references[task] = {"teacher": round(float(np.mean(teacher["returns"][task])), 1)}
         paths += [teacher_path, path]
         print(f"task {i}: {task}, {len(obs)} states, teacher's return {references[task]['teacher']:.1f}")
     return torch.cat(tables), [len(part) for part in tables], critics, bounds, references, paths
 
 
-def write_taus(run_dir: Path, rows: list) -> None:
-    """tau.csv of rows (step, task, layer, mean and std of tau-a, mean of tau-b)."""
+def write_taus(run_dir: Path, writer: SummaryWriter, rows: list, now: int) -> str:
+    """tau.csv of rows (step, task, layer, tau-a's mean and std, tau-b's mean); TensorBoard's and text of this step."""
     lines = [("step", "task", "layer", "tau_a_mean", "tau_a_std", "tau_b_mean"), *rows]
     text = "".join(",".join(map(str, line)) + "\n" for line in lines)
     write_atomic(run_dir / "tau.csv", lambda file: file.write(text.encode()))
+    last = [row for row in rows if row[0] == now]
+    for _, task, layer, tau, *_ in last:
+        writer.add_scalar(f"tau_layer{layer}/{task}", tau, now)
+    return f"; tau {', '.join(f'{row[3]:.2f}' for row in last)}" if last else ""
 
 
 def make_envs(task: str, n: int) -> list:
@@ -482,8 +432,8 @@ def find_file(folder: str, name: str, hint: str) -> Path:
     return bundled
 
 
-def load_dataset(path, task: str | None = None, sizes: tuple | None = None) -> tuple[dict, dict]:
-    """Read a dataset .npz and check it, for the task and sizes (obs, act) if given -> (arrays, metadata)."""
+def load_dataset(path, task: str | None, sizes: tuple) -> tuple[dict, dict]:
+    """Read a dataset .npz and check it, for the sizes (obs, act) and, if given, the task -> (arrays, metadata)."""
     hint = f"python mop_td3_collect.py --task {task or 'TASK'}"
     text = f"a dataset .npz with metadata as in docs/formats.md, no pickled objects (made by {hint})"
     with expecting(text, path), np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
@@ -501,7 +451,7 @@ def load_dataset(path, task: str | None = None, sizes: tuple | None = None) -> t
             finite = np.isfinite(data[name].reshape(n, -1)).all(axis=1)
             assert finite.all(), f"{name}: a NaN or infinite value, first in row {finite.argmin()}"
         found = [data[name].shape[1] for name in ("observations", "actions", "next_observations")]
-        wanted = [*(sizes or found[:2]), *(sizes or found)[:1]]
+        wanted = [*sizes, sizes[0]]
         assert found == wanted, f"observations, actions and next_observations of {found} values, not {wanted}"
         assert np.abs(data["actions"]).max() <= 1, f"actions outside [-1, 1]: {np.abs(data['actions']).max():.4g}"
     return data, metadata
@@ -530,8 +480,7 @@ def load_network(cls, checkpoint: dict, path) -> nn.Module:
         else:
             network = Critics(len(weights["w1"]), sizes["obs_dim"], sizes["action_dim"], sizes["hidden"])
         network.load_state_dict(weights, assign=True)
-        finite = all(parameter.float().isfinite().all() for parameter in network.parameters())
-        assert finite, "weights that are no finite numbers"
+        assert all(w.float().isfinite().all() for w in network.parameters()), "weights that are no finite numbers"
     return network.float().requires_grad_(False)
 
 
@@ -573,9 +522,7 @@ def restore(point: dict | None, steps: int, modules: dict, generator, tables) ->
 
 def parse_args(cls, laptop: dict):
     """Command line -> (arguments, resume point or None, device); --scale and --resume give the defaults of the flags.
-
-    Also sets torch's CPU threads (0: all cores) and precision.
-    """
+    Sets torch's CPU threads (0: all cores) and precision."""
     text = sys.modules[cls.__module__].__doc__
     args, point, default = tyro.cli(cls, description=text), None, cls()
     if args.resume is not None:
@@ -593,16 +540,15 @@ def parse_args(cls, laptop: dict):
     for name, value in vars(args).items():
         if isinstance(value, int | float):
             low, high = 0 if name in MAY_BE_ZERO or isinstance(value, bool) else "above 0", LIMITS.get(name, 2**31 - 1)
-            fits = math.isfinite(value) and 0 <= value <= high and (value > 0 or low == 0)
+            fits = 0 <= value <= high and (value > 0 or low == 0)  # not so of NaN
             require(fits, f"--{name.replace('_', '-')}: expected a number from {low} to {high}, found {value}")
     cuda = torch.cuda.is_available()
     require(args.device != "cuda" or cuda, "--device cuda: no CUDA device was found; use --device cpu")
     torch.set_num_threads(args.threads or os.cpu_count())
     torch.set_float32_matmul_precision(args.matmul_precision)
     with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
-        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
-        mallopt(trim_threshold, 2**30)
-        mallopt(mmap_threshold, 2**26)
+        for option, value in ((-1, 2**30), (-3, 2**26)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
     return args, point, torch.device("cuda" if args.device != "cpu" and cuda else "cpu")
 
 
@@ -610,22 +556,19 @@ def prepare_outputs(args, name: str | None, outputs: list[Path], inputs: list) -
     """Make the run's folder (if named) and those of the outputs; fail where something would be lost or not written."""
     run_dir = Path(args.run_dir or f"runs/{Path(__file__).stem}-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if args.resume is None and name:
-        hint = f"continue it with --resume {run_dir} or " if (run_dir / "resume.pt").exists() else ""
         empty = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
-        require(empty, f"--run-dir {run_dir}: expected an empty folder or a new one; {hint}choose another")
-    for path in outputs:
-        free = args.resume is not None or args.overwrite or not path.exists()
-        require(free, f"{path}: exists already; pass --overwrite to replace it")
-        usable = not path.exists() or (path.is_file() and path.resolve() not in [Path(x).resolve() for x in inputs])
+        hint = "choose another, or continue a run that has a resume.pt with --resume"
+        require(empty, f"--run-dir {run_dir}: expected an empty folder or a new one; {hint}")
+    for path in [path for path in outputs if path.exists()]:
+        require(args.resume or args.overwrite, f"{path}: exists already; pass --overwrite to replace it")
+        usable = path.is_file() and path.resolve() not in [Path(x).resolve() for x in inputs]
         require(usable, f"{path}: expected a file that this run may write, found one of its inputs or no plain file")
-    for folder in [*([run_dir] if name else []), *(path.parent for path in outputs)]:
-        with expecting("a folder that can be made and written", folder):
+    for folder in [*(path.parent for path in outputs), *([run_dir] if name else [])]:
+        with expecting("a folder that can be made and written, and where no other run writes", folder):
             folder.mkdir(parents=True, exist_ok=True)
             assert os.access(folder, os.W_OK), "no permission"
-    if name:
-        with expecting("a folder that no other run writes to", run_dir):
-            lock = os.open(run_dir / "lock", os.O_CREAT | os.O_RDWR)  # until the process ends
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if folder == run_dir:  # locked until the process ends
+                fcntl.lockf(os.open(run_dir / "lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def stop(number, frame):
         hint = f"; continue with --resume {run_dir}" if (run_dir / "resume.pt").exists() else ", without a resume point"
@@ -642,7 +585,7 @@ def log(writer: SummaryWriter, step: int, metrics: dict) -> dict:
     values = {name: float(value) for name, value in metrics.items()}
     for name, value in values.items():
         hint = "training diverged, the last resume point is from before; try a lower learning rate"
-        require(math.isfinite(value), f"step {step}: {name} is {value}: {hint}")
+        require(np.isfinite(value), f"step {step}: {name} is {value}: {hint}")
         writer.add_scalar(name, value, step)
     return values
 

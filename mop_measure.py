@@ -29,8 +29,10 @@ import time
 import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 os.environ["GIF_GL"] = os.environ.get("MUJOCO_GL", "")  # for the process that renders the GIFs
@@ -42,7 +44,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from dm_control import suite
-from dm_control.utils import rewards
 from matplotlib.figure import Figure
 from mujoco.batch import Batch
 from PIL import Image
@@ -51,7 +52,7 @@ from tqdm import tqdm
 
 SCHEMA_VERSION = 1  # of datasets and checkpoints
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; training and collection stay below
-WALKER_SPEED = {"walker-stand": 0.0, "walker-walk": 1.0, "walker-run": 8.0}  # m/s, as in dm_control.suite.walker
+WALKER = ("walker-stand", "walker-walk", "walker-run")  # simulated in mujoco.batch
 VERSIONS = {module.__name__: str(module.__version__) for module in (np, torch, mujoco)}
 LEAST = {"seed": 0, "threads": 0, "tau_states": 0, "cka_states": 100, "shift_states": 100}  # of flags; of others 1
 GL_PACKAGES = {"egl": "libegl1 libgl1", "osmesa": "libosmesa6"}  # of Debian and Ubuntu
@@ -60,40 +61,24 @@ GL_PACKAGES = {"egl": "libegl1 libgl1", "osmesa": "libosmesa6"}  # of Debian and
 @dataclass
 class Args:
     # experiment
-    student: str | None = None
-    """checkpoint of the student, or of a naive multi-task policy; its tasks are measured"""
-    episodes: int = 1000
-    """episodes of the student per task, always from the same initial states"""
-    teachers: tuple[str, ...] = ()
-    """checkpoints of teachers or behaviours, the rows of the cross-task table"""
-    tasks: tuple[str, ...] = ("walker-stand", "walker-walk")
-    """tasks of the dm_control suite, DOMAIN-TASK; the columns of the cross-task table"""
-    cross_episodes: int = 100
-    """episodes per teacher and task in the cross-task table"""
-    shift: tuple[str, ...] = ()
-    """two dataset files, A and B; the divergence of their observations is estimated"""
-    seed: int = 1
-    """seed of the samples of states, of the split into train and test episodes, and of the classifier"""
-    run_dir: str | None = None
-    """folder for the results; default: runs/<script>-<time>"""
-    overwrite: bool = False
-    """replace output files that exist"""
-    gif: bool = True
-    """render the student's first episode of each task"""
-    gif_fps: int = 10
-    """pictures per second of the GIF, which plays in real time"""
+    student: str | None = None  # checkpoint of the student, or of a naive multi-task policy; its tasks are measured
+    episodes: int = 1000  # episodes of the student per task, always from the same initial states
+    teachers: tuple[str, ...] = ()  # checkpoints of teachers or behaviours, the rows of the cross-task table
+    tasks: tuple[str, ...] = ("walker-stand", "walker-walk")  # columns of the cross-task table, DOMAIN-TASK
+    cross_episodes: int = 100  # episodes per teacher and task in the cross-task table
+    shift: tuple[str, ...] = ()  # two dataset files, A and B; the divergence of their observations is estimated
+    seed: int = 1  # seed of the samples of states, of the split into train and test episodes, and of the classifier
+    run_dir: str | None = None  # folder for the results; default: runs/<script>-<time>
+    overwrite: bool = False  # replace output files that exist
+    gif: bool = True  # render the student's first episode of each task
+    gif_fps: int = 10  # pictures per second of the GIF, which plays in real time
     # algorithm
-    tau_states: int = 100_000
-    """visited states in which the per-state tau is taken, at random; standard error of its mean 0.0003; 0: all"""
-    cka_states: int = 100_000
-    """visited states in the sample for CKA, at most"""
-    shift_states: int = 100_000
-    """states per dataset for the shift, at most"""
+    tau_states: int = 100_000  # visited states in which per-state tau is taken, at random (error 0.0003); 0: all
+    cka_states: int = 100_000  # visited states in the sample for CKA, at most
+    shift_states: int = 100_000  # states per dataset for the shift, at most
     # system
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is one"""
-    threads: int = 0
-    """CPU threads of torch and of the physics; 0: all cores"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    threads: int = 0  # CPU threads of torch and of the physics; 0: all cores
 
 
 # ----------------------------------------------------------------------------------------------------------- networks
@@ -150,18 +135,16 @@ def rollout(policy, env, episodes: int, device) -> tuple[list[float], torch.Tens
 
 
 @torch.no_grad()
-def kendall_tau(x: torch.Tensor, y: torch.Tensor, rows: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+@partial(torch.vmap, chunk_size=64)
+def kendall_tau(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Kendall's tau-a and tau-b between rows of x and of y, (B, n) -> (B,), (B,) f64; tau-b of a constant row is NaN.
 
     s_ij = sign(x_i - x_j) sign(y_i - y_j) is 1 for a concordant pair, -1 for a discordant one and 0 for a tie; tau-a
     divides its sum by the number of pairs, tau-b by that of pairs not tied in x or y (their geometric mean).
     """
-    sums = []
-    for a, b in zip(x.split(rows), y.split(rows), strict=True):
-        a, b = ((v[:, :, None] > v[:, None]).char() - (v[:, :, None] < v[:, None]).char() for v in (a, b))  # (B, n, n)
-        sums.append(torch.stack([(u * v).sum(dim=(1, 2), dtype=torch.float64) for u, v in ((a, b), (a, a), (b, b))]))
-    both, in_x, in_y = torch.cat(sums, dim=1)  # every pair is counted twice
-    return both / (x.shape[1] * (x.shape[1] - 1)), both / (in_x * in_y).sqrt()
+    a, b = ((v[:, None] > v).char() - (v[:, None] < v).char() for v in (x, y))  # (n, n) of one row
+    both, in_x, in_y = ((u * v).sum(dtype=torch.float64) for u, v in ((a, b), (a, a), (b, b)))  # all pairs twice
+    return both / (len(x) * (len(x) - 1)), both / (in_x * in_y).sqrt()
 
 
 def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -412,9 +395,8 @@ def read_args() -> tuple[Args, torch.device]:
     require(args.device != "cuda" or cuda, "--device cuda: no CUDA device was found; use --device cpu")
     torch.set_num_threads(args.threads or os.cpu_count())
     with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
-        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
-        mallopt(trim_threshold, 2**30)
-        mallopt(mmap_threshold, 2**26)
+        for option, value in ((-1, 2**30), (-3, 2**26)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
     return args, torch.device("cuda" if args.device != "cpu" and cuda else "cpu")
 
 
@@ -564,13 +546,14 @@ class LockstepEnv:
     """
 
     def __init__(self, task: str, n: int, threads: int = 0):
-        self.task, self.n, self.envs = task, n, make_envs(task, 1 if task in WALKER_SPEED else n)
+        self.task, self.n, self.envs = task, n, make_envs(task, 1 if task in WALKER else n)
         env = self.envs[0]
         self.obs_dim, self.action_dim = env.observation_spec()["observations"].shape[0], env.action_spec().shape[0]
         self.state_dim, self.episode_length = len(env.physics.get_state()), int(env._step_limit)
-        if task in WALKER_SPEED:
+        if task in WALKER:
             self.batch = Batch(env.physics.model.ptr, n, nthread=threads, persistent=True)
-            self.arrays = {k: self.batch.bind(k) for k in ("qpos", "qvel", "ctrl", "xmat", "xpos", "sensordata")}
+            names = ("qpos", "qvel", "qacc_warmstart", "ctrl", "xmat", "xpos", "sensordata")
+            self.arrays = {name: self.batch.bind(name) for name in names}
 
     def reset(self, seeds) -> np.ndarray:
         """Start n episodes, the i-th from dm_control's initial state for seeds[i] -> observations (n, obs) f32."""
@@ -579,17 +562,15 @@ class LockstepEnv:
             env = self.envs[i % len(self.envs)]
             env.task.random.seed(int(seed))
             observations.append(env.reset().observation["observations"])
-            if self.task in WALKER_SPEED:
-                data = env.physics.data
-                self.arrays["qpos"][i], self.arrays["qvel"][i] = data.qpos, data.qvel
-                self.batch.qacc_warmstart[i] = data.qacc_warmstart
-        if self.task in WALKER_SPEED:
+            for name in ("qpos", "qvel", "qacc_warmstart") if self.task in WALKER else ():
+                self.arrays[name][i] = getattr(env.physics.data, name)
+        if self.task in WALKER:
             self.batch.forward()
         return np.array(observations, np.float32)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """actions (n, act) in [-1, 1] -> observations (n, obs) f32, rewards (n,) f32, physics states (n, state)."""
-        if self.task not in WALKER_SPEED:
+        if self.task not in WALKER:
             steps = [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
             observations = np.stack([s.observation["observations"] for s in steps]).astype(np.float32)
             states = np.stack([env.physics.get_state() for env in self.envs])
@@ -597,14 +578,12 @@ class LockstepEnv:
         self.arrays["ctrl"][:] = actions
         self.batch.step(nstep=self.envs[0]._n_sub_steps, stage=mujoco.mjtStage.mjSTAGE_VEL)  # ends with mj_step1
         xmat, xpos = (self.arrays[name].reshape(self.n, -1, size) for name, size in (("xmat", 9), ("xpos", 3)))
-        height, upright = xpos[:, 1, 2], (1 + xmat[:, 1, 8]) / 2  # of body 1, the torso; body 0 is the world
+        height, upright = xpos[:, 1, 2], xmat[:, 1, 8]  # of body 1, the torso; body 0 is the world
+        speed = self.arrays["sensordata"].reshape(self.n, -1)[:, 0]
         parts = xmat[:, 1:, [0, 2]].reshape(self.n, -1), height[:, None], self.arrays["qvel"]
         observations = np.concatenate(parts, axis=1).astype(np.float32)  # orientations xx, xz; height; velocity
-        reward = (3 * rewards.tolerance(height, bounds=(1.2, np.inf), margin=0.6) + upright) / 4
-        if speed := WALKER_SPEED[self.task]:  # PlanarWalker.get_reward
-            velocity = self.arrays["sensordata"].reshape(self.n, -1)[:, 0]
-            limits = {"bounds": (speed, np.inf), "margin": speed / 2, "value_at_margin": 0.5}
-            reward = reward * (5 * rewards.tolerance(velocity, **limits, sigmoid="linear") + 1) / 6
+        torso = {"torso_height": lambda: height, "torso_upright": lambda: upright, "horizontal_velocity": lambda: speed}
+        reward = self.envs[0].task.get_reward(SimpleNamespace(**torso))  # PlanarWalker's own formula, of arrays
         states = np.concatenate([self.arrays["qpos"], self.arrays["qvel"]], axis=1)
         return observations, reward.astype(np.float32), states
 
@@ -657,8 +636,7 @@ def load_actor(checkpoint: dict, path) -> Actor:
         out_dim = sizes["action_dim"] * (2 if sizes.get("log_std") else 1)
         actor = Actor(sizes["in_dim"], out_dim, sizes["hidden"], sizes["layer_norm"])
         actor.load_state_dict(checkpoint["actor"], assign=True)
-        finite = all(parameter.float().isfinite().all() for parameter in actor.parameters())
-        assert finite, "weights that are no finite numbers"
+        assert all(w.float().isfinite().all() for w in actor.parameters()), "weights that are no finite numbers"
     return actor.float().requires_grad_(False)
 
 

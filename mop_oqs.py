@@ -16,7 +16,6 @@ relabelled rewards beside each dataset.
 import ctypes
 import fcntl
 import json
-import math
 import os
 import signal
 import sys
@@ -49,7 +48,7 @@ DATASET |= {"physics": (np.float64, 2)}
 MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "exploration_noise", "ood_noise", "beta_in"}
 MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
 LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024}  # of flags
-LAPTOP = {"gradient_steps": 50_000, "learning_rate": 1e-3}  # --scale laptop: of the student, and
+LAPTOP = {"gradient_steps": 20_000, "learning_rate": 1e-3}  # --scale laptop: of the student, and
 LAPTOP |= {"teacher_steps": 30_000, "teacher_batch_size": 256, "num_ood": 1, "teacher_learning_rate": 3e-4, "tau": 0.02}
 LAPTOP |= {"actor_tau": 0.02, "policy_noise": 0.05, "beta_ood_decay": 0.9997, "bc_coef": 1.0}  # of mop_pbrl_teacher.py
 
@@ -57,92 +56,51 @@ LAPTOP |= {"actor_tau": 0.02, "policy_noise": 0.05, "beta_ood_decay": 0.9997, "b
 @dataclass
 class Args:
     # experiment
-    tasks: tuple[str, ...] = ("walker-stand", "walker-walk")
-    """tasks of the dm_control suite, DOMAIN-TASK; the position is the task id"""
-    seed: int = 1
-    """seed of the weights, the noise and the batches"""
-    common_seed: bool = False
-    """every task's teacher from the same weights, batches and noise; else from those of the seed and its task"""
-    scale: Literal["thesis", "laptop"] = "thesis"
-    """defaults of the flags: the thesis's, or settings for one CPU core (LAPTOP in the script)"""
-    run_dir: str | None = None
-    """folder for the logs, curves and the resume point; default: runs/<script and settings>-<time>"""
-    resume: str | None = None
-    """run folder to continue; its stored arguments become the defaults"""
-    eval_every: int = 10_000
-    """steps between evaluations and resume points"""
-    eval_episodes: int = 10
-    """episodes per evaluation during training, always from the same initial states"""
-    final_eval_episodes: int = 100
-    """episodes of the evaluation stored in the checkpoint"""
+    tasks: tuple[str, ...] = ("walker-stand", "walker-walk")  # suite tasks, DOMAIN-TASK; the position is the id
+    seed: int = 1  # seed of the weights, the noise and the batches
+    common_seed: bool = False  # every task's teacher from the same weights, batches and noise; else its own
+    scale: Literal["thesis", "laptop"] = "thesis"  # defaults of the flags: the thesis's, or LAPTOP's for one CPU core
+    run_dir: str | None = None  # of logs, curves and the resume point; default: runs/<script and settings>-<time>
+    resume: str | None = None  # run folder to continue; its stored arguments become the defaults
+    eval_every: int = 10_000  # steps between evaluations and resume points
+    eval_episodes: int = 10  # episodes per evaluation during training, always from the same initial states
+    final_eval_episodes: int = 100  # episodes of the evaluation stored in the checkpoint
     # data
-    level: tuple[Literal["medium", "expert", "medium-replay"], ...] = ("medium",)
-    """level of the behaviour policy in the default file names; one, or one per task"""
-    data: tuple[str, ...] = ()
-    """dataset files, one per task; default: data/<task>-<level>.npz, else the bundled one in pretrained/"""
-    teachers: tuple[str, ...] = ()
-    """files, or `train`, of teachers 00 11 .. or of all, 00 01 .. 10 11 ..; default: the MOP teachers as 00 11 .."""
-    output: str | None = None
-    """student's file instead of the one in the run's folder"""
-    overwrite: bool = False
-    """replace output files that exist"""
+    level: tuple[Literal["medium", "expert", "medium-replay"], ...] = ("medium",)  # of the behaviour; one or per task
+    data: tuple[str, ...] = ()  # dataset files, one per task; default: data/<task>-<level>.npz, else in pretrained/
+    teachers: tuple[str, ...] = ()  # files, or train, of 00 11 .. or 00 01 .. 10 11 ..; default: MOP's as 00 11
+    output: str | None = None  # student's file instead of the one in the run's folder
+    overwrite: bool = False  # replace output files that exist
     # student
-    gradient_steps: int = 500_000
-    """updates of the student"""
-    learning_rate: float = 1e-4
-    """Adam's"""
-    batch_size: int = 1024
-    """states per task and update"""
-    hidden: int = 256
-    """width of both hidden layers"""
-    task_encoding: Literal["number", "onehot"] = "number"
-    """how the student reads the task id: as one number, or as one flag per task"""
+    gradient_steps: int = 500_000  # updates of the student
+    learning_rate: float = 1e-4  # Adam's
+    batch_size: int = 1024  # states per task and update
+    hidden: int = 256  # width of both hidden layers
+    task_encoding: Literal["number", "onehot"] = "number"  # the task id as one number or as a flag per task
     # teachers (PBRL)
-    teacher_steps: int = 1_000_000
-    """updates of each teacher"""
-    teacher_learning_rate: float = 1e-4
-    """Adam's, actor and critics"""
-    teacher_batch_size: int = 1024
-    """transitions per update of a teacher"""
-    teacher_hidden: int = 256
-    """width of a teacher's hidden layers"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.005
-    """target smoothing rate of the critics, every step (1: the online critics, as in the author's code)"""
-    actor_tau: float = 0.005
-    """target smoothing rate of the actor, every step"""
-    policy_noise: float = 0.2
-    """std of the target policy's noise"""
-    noise_clip: float = 0.5
-    """bound of the target policy's noise and of the OOD noise"""
-    policy_frequency: int = 2
-    """critic updates per actor update"""
-    num_critics: int = 5
-    """critics in the ensemble, K"""
-    num_ood: int = 3
-    """OOD actions around pi(s), and as many around pi(s')"""
-    ood_noise: float = 0.01
-    """std of the OOD actions around the policy's"""
-    beta_in: float = 0.001
-    """uncertainty penalty in the targets of the data rows"""
-    beta_ood: float = 3.0
-    """uncertainty penalty in the targets of the OOD rows, at the start"""
-    beta_ood_min: float = 0.1
-    """the same, at the end"""
-    beta_ood_decay: float = 0.99995
-    """factor of beta_ood per step"""
-    bc_coef: float = 0.0
-    """weight of a behaviour-cloning term in the actor's loss, not in the thesis (see docs/pretrained.md)"""
+    teacher_steps: int = 1_000_000  # updates of each teacher
+    teacher_learning_rate: float = 1e-4  # Adam's, actor and critics
+    teacher_batch_size: int = 1024  # transitions per update of a teacher
+    teacher_hidden: int = 256  # width of a teacher's hidden layers
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # target smoothing rate of the critics, every step (1: no targets, as in the author's code)
+    actor_tau: float = 0.005  # target smoothing rate of the actor, every step
+    policy_noise: float = 0.2  # std of the target policy's noise
+    noise_clip: float = 0.5  # bound of the target policy's noise and of the OOD noise
+    policy_frequency: int = 2  # critic updates per actor update
+    num_critics: int = 5  # critics in the ensemble, K
+    num_ood: int = 3  # OOD actions around pi(s), and as many around pi(s')
+    ood_noise: float = 0.01  # std of the OOD actions around the policy's
+    beta_in: float = 0.001  # uncertainty penalty in the targets of the data rows
+    beta_ood: float = 3.0  # uncertainty penalty in the targets of the OOD rows, at the start
+    beta_ood_min: float = 0.1  # the same, at the end
+    beta_ood_decay: float = 0.99995  # factor of beta_ood per step
+    bc_coef: float = 0.0  # weight of behaviour cloning in the actor's loss, not in the thesis (docs/pretrained.md)
     # system
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is one"""
-    threads: int = 0
-    """CPU threads of torch and of the physics; 0: all cores"""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """of torch.set_float32_matmul_precision: float32, or operands of fewer bits where that is faster (docs/speed.md)"""
-    cuda_graph: bool = False
-    """on CUDA: replay an update as one CUDA graph instead of operation by operation"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    threads: int = 0  # CPU threads of torch and of the physics; 0: all cores
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of torch.set_float32_matmul_precision
+    cuda_graph: bool = False  # on CUDA: replay an update as one CUDA graph instead of operation by operation
 
 
 # ----------------------------------------------------------------------------------------------------------- networks
@@ -571,8 +529,8 @@ def find_file(folder: str, name: str, hint: str) -> Path:
     return bundled
 
 
-def load_dataset(path, task: str | None = None, sizes: tuple | None = None) -> tuple[dict, dict]:
-    """Read a dataset .npz and check it, for the task and sizes (obs, act) if given -> (arrays, metadata)."""
+def load_dataset(path, task: str | None, sizes: tuple) -> tuple[dict, dict]:
+    """Read a dataset .npz and check it, for the sizes (obs, act) and, if given, the task -> (arrays, metadata)."""
     hint = f"python mop_td3_collect.py --task {task or 'TASK'}"
     text = f"a dataset .npz with metadata as in docs/formats.md, no pickled objects (made by {hint})"
     with expecting(text, path), np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
@@ -590,7 +548,7 @@ def load_dataset(path, task: str | None = None, sizes: tuple | None = None) -> t
             finite = np.isfinite(data[name].reshape(n, -1)).all(axis=1)
             assert finite.all(), f"{name}: a NaN or infinite value, first in row {finite.argmin()}"
         found = [data[name].shape[1] for name in ("observations", "actions", "next_observations")]
-        wanted = [*(sizes or found[:2]), *(sizes or found)[:1]]
+        wanted = [*sizes, sizes[0]]
         assert found == wanted, f"observations, actions and next_observations of {found} values, not {wanted}"
         assert np.abs(data["actions"]).max() <= 1, f"actions outside [-1, 1]: {np.abs(data['actions']).max():.4g}"
     return data, metadata
@@ -619,8 +577,7 @@ def load_network(cls, checkpoint: dict, path) -> nn.Module:
         else:
             network = Critics(len(weights["w1"]), sizes["obs_dim"], sizes["action_dim"], sizes["hidden"])
         network.load_state_dict(weights, assign=True)
-        finite = all(parameter.float().isfinite().all() for parameter in network.parameters())
-        assert finite, "weights that are no finite numbers"
+        assert all(w.float().isfinite().all() for w in network.parameters()), "weights that are no finite numbers"
     return network.float().requires_grad_(False)
 
 
@@ -662,9 +619,7 @@ def restore(point: dict | None, steps: int, modules: dict, generator, tables) ->
 
 def parse_args(cls, laptop: dict):
     """Command line -> (arguments, resume point or None, device); --scale and --resume give the defaults of the flags.
-
-    Also sets torch's CPU threads (0: all cores) and precision.
-    """
+    Sets torch's CPU threads (0: all cores) and precision."""
     text = sys.modules[cls.__module__].__doc__
     args, point, default = tyro.cli(cls, description=text), None, cls()
     if args.resume is not None:
@@ -682,16 +637,15 @@ def parse_args(cls, laptop: dict):
     for name, value in vars(args).items():
         if isinstance(value, int | float):
             low, high = 0 if name in MAY_BE_ZERO or isinstance(value, bool) else "above 0", LIMITS.get(name, 2**31 - 1)
-            fits = math.isfinite(value) and 0 <= value <= high and (value > 0 or low == 0)
+            fits = 0 <= value <= high and (value > 0 or low == 0)  # not so of NaN
             require(fits, f"--{name.replace('_', '-')}: expected a number from {low} to {high}, found {value}")
     cuda = torch.cuda.is_available()
     require(args.device != "cuda" or cuda, "--device cuda: no CUDA device was found; use --device cpu")
     torch.set_num_threads(args.threads or os.cpu_count())
     torch.set_float32_matmul_precision(args.matmul_precision)
     with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
-        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
-        mallopt(trim_threshold, 2**30)
-        mallopt(mmap_threshold, 2**26)
+        for option, value in ((-1, 2**30), (-3, 2**26)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
     return args, point, torch.device("cuda" if args.device != "cpu" and cuda else "cpu")
 
 
@@ -699,22 +653,19 @@ def prepare_outputs(args, name: str | None, outputs: list[Path], inputs: list) -
     """Make the run's folder (if named) and those of the outputs; fail where something would be lost or not written."""
     run_dir = Path(args.run_dir or f"runs/{Path(__file__).stem}-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if args.resume is None and name:
-        hint = f"continue it with --resume {run_dir} or " if (run_dir / "resume.pt").exists() else ""
         empty = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
-        require(empty, f"--run-dir {run_dir}: expected an empty folder or a new one; {hint}choose another")
-    for path in outputs:
-        free = args.resume is not None or args.overwrite or not path.exists()
-        require(free, f"{path}: exists already; pass --overwrite to replace it")
-        usable = not path.exists() or (path.is_file() and path.resolve() not in [Path(x).resolve() for x in inputs])
+        hint = "choose another, or continue a run that has a resume.pt with --resume"
+        require(empty, f"--run-dir {run_dir}: expected an empty folder or a new one; {hint}")
+    for path in [path for path in outputs if path.exists()]:
+        require(args.resume or args.overwrite, f"{path}: exists already; pass --overwrite to replace it")
+        usable = path.is_file() and path.resolve() not in [Path(x).resolve() for x in inputs]
         require(usable, f"{path}: expected a file that this run may write, found one of its inputs or no plain file")
-    for folder in [*([run_dir] if name else []), *(path.parent for path in outputs)]:
-        with expecting("a folder that can be made and written", folder):
+    for folder in [*(path.parent for path in outputs), *([run_dir] if name else [])]:
+        with expecting("a folder that can be made and written, and where no other run writes", folder):
             folder.mkdir(parents=True, exist_ok=True)
             assert os.access(folder, os.W_OK), "no permission"
-    if name:
-        with expecting("a folder that no other run writes to", run_dir):
-            lock = os.open(run_dir / "lock", os.O_CREAT | os.O_RDWR)  # until the process ends
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if folder == run_dir:  # locked until the process ends
+                fcntl.lockf(os.open(run_dir / "lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def stop(number, frame):
         hint = f"; continue with --resume {run_dir}" if (run_dir / "resume.pt").exists() else ", without a resume point"
@@ -731,7 +682,7 @@ def log(writer: SummaryWriter, step: int, metrics: dict) -> dict:
     values = {name: float(value) for name, value in metrics.items()}
     for name, value in values.items():
         hint = "training diverged, the last resume point is from before; try a lower learning rate"
-        require(math.isfinite(value), f"step {step}: {name} is {value}: {hint}")
+        require(np.isfinite(value), f"step {step}: {name} is {value}: {hint}")
         writer.add_scalar(name, value, step)
     return values
 

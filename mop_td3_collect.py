@@ -15,7 +15,6 @@ Out: checkpoints/<task>-<level>-behavior.pt, data/<task>-<level>.npz, and the ru
 import ctypes
 import fcntl
 import json
-import math
 import os
 import signal
 import sys
@@ -27,6 +26,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 os.environ.setdefault("MUJOCO_GL", "disable")  # nothing is rendered here
@@ -37,14 +37,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from dm_control import suite
-from dm_control.utils import rewards
 from mujoco.batch import Batch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCHEMA_VERSION = 1  # of datasets and checkpoints
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; training and collection stay below
-WALKER_SPEED = {"walker-stand": 0.0, "walker-walk": 1.0, "walker-run": 8.0}  # m/s, as in dm_control.suite.walker
+WALKER = ("walker-stand", "walker-walk", "walker-run")  # simulated in mujoco.batch
 PLAIN_ONE_IN = {"online": 1, "noise": 10, "random90": 10, "random99": 100}  # episodes of a mix by the plain policy
 VERSIONS = {module.__name__: str(module.__version__) for module in (np, torch, mujoco)}
 DATASET = {"observations": (np.float32, 2), "actions": (np.float32, 2), "rewards": (np.float32, 1)}  # type, dimensions
@@ -59,73 +58,43 @@ LAPTOP = {"hidden": 256, "batch_size": 128, "learning_rate": 3e-4, "total_timest
 @dataclass
 class Args:
     # experiment
-    task: str = "walker-walk"
-    """task of the dm_control suite, DOMAIN-TASK"""
-    seed: int = 1
-    """seed of the weights, the noise, the batches and the initial states"""
-    scale: Literal["thesis", "laptop"] = "thesis"
-    """defaults of the flags: the thesis's, or settings for one CPU core (LAPTOP in the script)"""
-    run_dir: str | None = None
-    """folder for the logs, curves and the resume point; default: runs/<script and settings>-<time>"""
-    resume: str | None = None
-    """run folder to continue; its stored arguments become the defaults"""
-    eval_every: int = 10_000
-    """steps between evaluations and resume points; a multiple of the episode length"""
-    eval_episodes: int = 10
-    """episodes per evaluation during training, always from the same initial states"""
-    final_eval_episodes: int = 100
-    """episodes of the evaluation stored in the checkpoint"""
+    task: str = "walker-walk"  # task of the dm_control suite, DOMAIN-TASK
+    seed: int = 1  # seed of the weights, the noise, the batches and the initial states
+    scale: Literal["thesis", "laptop"] = "thesis"  # defaults of the flags: the thesis's, or LAPTOP's for one CPU core
+    run_dir: str | None = None  # of logs, curves and the resume point; default: runs/<script and settings>-<time>
+    resume: str | None = None  # run folder to continue; its stored arguments become the defaults
+    eval_every: int = 10_000  # steps between evaluations and resume points; a multiple of the episode length
+    eval_episodes: int = 10  # episodes per evaluation during training, always from the same initial states
+    final_eval_episodes: int = 100  # episodes of the evaluation stored in the checkpoint
     # data
-    policy: str | None = None
-    """behaviour or teacher checkpoint: no training, collect with this policy only"""
+    policy: str | None = None  # behaviour or teacher checkpoint: no training, collect with this policy only
     mix: Literal["online", "noise", "random90", "random99"] = "online"
     """with --policy: all episodes by the policy | 10%, 90% with N(0, 1) noise | 10% or 1%, the rest uniform actions"""
-    output: str | None = None
-    """with --policy: dataset to write; default: data/<name of the checkpoint>[-mix].npz"""
+    output: str | None = None  # with --policy: dataset to write; default: data/<name of the checkpoint>[-mix].npz
     datasets: tuple[Literal["medium", "expert", "medium-replay"], ...] = ("medium", "expert", "medium-replay")
     """after training: datasets to write"""
-    num_transitions: int = 1_000_000
-    """transitions per dataset (medium-replay has as many as training saw)"""
-    num_envs: int = 100
-    """environments stepped in lockstep while collecting"""
-    medium_step: int = 1_000_000
-    """step at which the policy is the medium one; a multiple of --eval-every"""
-    medium_return: float | None = None
-    """instead of --medium-step: at the first evaluation with this mean return or more"""
-    overwrite: bool = False
-    """replace output files that exist"""
+    num_transitions: int = 1_000_000  # transitions per dataset (medium-replay has as many as training saw)
+    num_envs: int = 100  # environments stepped in lockstep while collecting
+    medium_step: int = 1_000_000  # step at which the policy is the medium one; a multiple of --eval-every
+    medium_return: float | None = None  # instead of --medium-step: the first evaluation with this mean return or more
+    overwrite: bool = False  # replace output files that exist
     # algorithm
-    total_timesteps: int = 2_000_000
-    """environment steps, each with one critic update; the replay buffer holds them all"""
-    learning_rate: float = 1e-4
-    """Adam's, actor and critics"""
-    batch_size: int = 1024
-    """transitions per update"""
-    hidden: int = 1024
-    """width of both hidden layers"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.01
-    """target smoothing rate, critics and actor"""
-    policy_noise: float = 0.3
-    """std of the target policy's noise (author's code: 0.2)"""
-    noise_clip: float = 0.3
-    """bound of the target policy's noise"""
-    exploration_noise: float = 0.2
-    """std of the acting policy's noise"""
-    policy_frequency: int = 2
-    """critic updates per actor update"""
-    learning_starts: int = 4_000
-    """steps of uniform random actions before the first update"""
+    total_timesteps: int = 2_000_000  # environment steps, each with one critic update; the replay buffer holds them all
+    learning_rate: float = 1e-4  # Adam's, actor and critics
+    batch_size: int = 1024  # transitions per update
+    hidden: int = 1024  # width of both hidden layers
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.01  # target smoothing rate, critics and actor
+    policy_noise: float = 0.3  # std of the target policy's noise (author's code: 0.2)
+    noise_clip: float = 0.3  # bound of the target policy's noise
+    exploration_noise: float = 0.2  # std of the acting policy's noise
+    policy_frequency: int = 2  # critic updates per actor update
+    learning_starts: int = 4_000  # steps of uniform random actions before the first update
     # system
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is one"""
-    threads: int = 0
-    """CPU threads of torch and of the physics; 0: all cores"""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """of torch.set_float32_matmul_precision: float32, or operands of fewer bits where that is faster (docs/speed.md)"""
-    cuda_graph: bool = False
-    """on CUDA: replay an update as one CUDA graph instead of operation by operation"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    threads: int = 0  # CPU threads of torch and of the physics; 0: all cores
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of torch.set_float32_matmul_precision
+    cuda_graph: bool = False  # on CUDA: replay an update as one CUDA graph instead of operation by operation
 
 
 # ----------------------------------------------------------------------------------------------------------- networks
@@ -199,14 +168,13 @@ def collect(policy, env, seeds, plain: int, mix: str, generator, device) -> dict
     widths |= {"rewards": (), "terminals": (), "timeouts": (), "physics": (env.state_dim,)}
     arrays = {name: np.zeros((episodes * length, *widths[name]), dtype) for name, (dtype, _) in DATASET.items()}
     arrays["timeouts"][length - 1 :: length] = True
-    progress = tqdm(total=episodes * length, desc=f"{env.task} {mix}", unit="step", disable=None, leave=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's other threads would wait busily on the physics' cores
     for start in range(0, episodes, env.n):
         wave = np.arange(start, min(start + env.n, episodes))
         n, is_plain = len(wave), (np.arange(start, start + env.n) < plain)[:, None]
         obs = env.reset(np.resize(seeds[wave], env.n))  # what the last wave has too many is not kept
-        for t in range(length):
+        for t in tqdm(range(length), desc=f"{env.task} {mix}, from episode {start}", disable=None, leave=False):
             with torch.no_grad():
                 actions = policy(torch.from_numpy(obs).to(device))[:, : env.action_dim].cpu().numpy()
             if mix == "noise":
@@ -219,8 +187,6 @@ def collect(policy, env, seeds, plain: int, mix: str, generator, device) -> dict
             for name, values in (row | {"physics": physics}).items():
                 arrays[name][wave * length + t] = values[:n]
             obs = next_obs
-            progress.update(n)
-    progress.close()
     torch.set_num_threads(threads)
     return arrays
 
@@ -234,8 +200,11 @@ def evaluate(policy, env, device) -> list[float]:
 
 def main():
     args, point, device = parse_args(Args, LAPTOP)
-    if args.policy is not None:
-        return collect_only(args, device)
+    if args.policy is not None:  # roll out this checkpoint, write one dataset
+        stem, plain = Path(args.policy).stem, args.mix == "online" and args.policy.endswith("-behavior.pt")
+        path = Path(args.output or f"data/{stem.removesuffix('-behavior')}{'' if plain else '-' + args.mix}.npz")
+        prepare_outputs(args, None, [path], [args.policy])
+        return print_result(collect_dataset(args.policy, args.mix, path, args, device), [path])
     task, env = args.task, LockstepEnv(args.task, 1, threads=1)
     length, total = env.episode_length, args.total_timesteps
     checkpoints, datasets, run_dir = check_inputs(args, length)
@@ -256,19 +225,18 @@ def main():
     modules = {"actor": actor, "critics": critics, "target_actor": target_actor, "target_critics": target_critics}
     modules |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
     start, rows = restore(point, total, modules, generator, [])
-    medium = point["medium"] if point else None
 
-    # replay buffer: one row (s, a, r, s') per step, never overwritten
-    columns = [env.obs_dim, env.action_dim, 1, env.obs_dim]
-    replay_file = map_file(run_dir / "replay.f32", np.float32, (total, sum(columns)), start)
-    replay_physics = map_file(run_dir / "replay_physics.f64", np.float64, (total, env.state_dim), start)
-    replay = torch.from_numpy(replay_file).to(device)  # the mapped file itself on the CPU, a copy on a GPU
+    # replay buffer: one row (s, a, r, s', physics) per step, never overwritten
+    columns = [env.obs_dim, env.action_dim, 1, env.obs_dim, env.state_dim]
+    replay = torch.zeros(total, sum(columns), dtype=torch.float64, device=device)
+    with expecting("a resume point with all its parts", "--resume"):
+        medium, replay[:start] = (point.pop("medium"), point.pop("replay")) if point else (None, replay[:0])
     filled = torch.zeros((), dtype=torch.float64, device=device)  # rows in it
 
     def update(with_actor: bool) -> dict:
         """The critics, with_actor also the actor and all targets."""
         index = torch.rand(args.batch_size, generator=generator, dtype=torch.float64, device=device) * filled
-        obs, action, reward, next_obs = replay[index.long()].split(columns, dim=1)
+        obs, action, reward, next_obs, _ = replay[index.long()].float().split(columns, dim=1)
         batch = obs, action, reward.squeeze(1), next_obs
         noise = torch.randn(action.shape, generator=generator, device=device)
         q_loss = td3_critic_loss(critics, target_critics, target_actor, batch, noise, args)
@@ -312,10 +280,7 @@ def main():
 
         # environment
         next_obs, reward, physics = env.step(action)
-        row = np.concatenate([obs, action, reward[:, None], next_obs], axis=1)
-        replay_file[step], replay_physics[step] = row[0], physics[0]
-        if replay.is_cuda:
-            replay[step] = torch.from_numpy(row[0])
+        replay[step] = torch.from_numpy(np.concatenate([obs, action, reward[:, None], next_obs, physics], axis=1)[0])
         obs, episode_return = next_obs, episode_return + reward[0]
 
         # log, evaluate, save
@@ -330,15 +295,12 @@ def main():
             wanted, value = args.medium_return, np.mean(rows[-1][2])
             if medium is None and (now == args.medium_step if wanted is None else value >= wanted):
                 medium = {"step": now, "actor": {k: v.detach().clone() for k, v in actor.state_dict().items()}}
-            replay_file.flush()
-            replay_physics.flush()
-            save_point(run_dir, args, now, modules, generator, [], rows, medium=medium)
+            save_point(run_dir, args, now, modules, generator, [], rows, medium=medium, replay=replay[:now].clone())
     progress.close()
     writer.close()
 
     # final evaluation, checkpoints, datasets
-    policies = {"expert": {"step": rows[-1][0], "actor": actor.state_dict()}}
-    policies |= {"medium": medium} if medium else {}
+    policies = {"expert": {"step": total, "actor": actor.state_dict()}} | ({"medium": medium} if medium else {})
     final_env, returns = LockstepEnv(task, args.final_eval_episodes, args.threads), {}
     sizes = {"in_dim": env.obs_dim, "action_dim": env.action_dim, "hidden": args.hidden, "layer_norm": True}
     for level, policy in policies.items():
@@ -350,15 +312,14 @@ def main():
         if level in datasets:
             collect_dataset(checkpoints[level], "online", datasets[level], args, device)
     if "medium-replay" in datasets and "medium" in policies:
-        n, names = medium["step"], ("observations", "actions", "rewards", "next_observations")
-        parts = np.split(replay_file[:n], np.cumsum(columns)[:-1], axis=1)
-        arrays = dict(zip(names, parts, strict=True)) | {"physics": replay_physics[:n], "terminals": np.zeros(n, bool)}
-        arrays |= {"rewards": parts[2][:, 0], "timeouts": np.arange(1, n + 1) % length == 0}
+        n, names = medium["step"], ("observations", "actions", "rewards", "next_observations", "physics")
+        parts = zip(names, replay[:n].cpu().split(columns, dim=1), strict=True)
+        arrays = {name: part.numpy().astype(DATASET[name][0]) for name, part in parts}
+        arrays |= {"terminals": np.zeros(n, bool), "timeouts": np.arange(1, n + 1) % length == 0}
+        arrays["rewards"] = arrays["rewards"][:, 0]
         save_dataset(datasets["medium-replay"], arrays, args, task, "medium-replay", mix="training", policy=None)
-    files = [str(path) for path in [*checkpoints.values(), *datasets.values()] if path.exists()]
-    found = {k: {"mean": round(np.mean(v), 1), "std": round(np.std(v), 1)} for k, v in returns.items()}
-    result = {"returns": found, "files": files, "run_dir": str(run_dir)}
-    print("RESULT", json.dumps(result | {"seconds": round(time.time() - clock)}))
+    files = [path for path in [*checkpoints.values(), *datasets.values()] if path.exists()]
+    print_result(returns, files, run_dir=str(run_dir), seconds=round(time.time() - clock))
     missed = f"--medium-return {args.medium_return}: never reached, no medium files were written"
     require("medium" in policies or datasets.keys() <= {"expert"}, missed)
 
@@ -379,14 +340,10 @@ def check_inputs(args, length: int) -> tuple[dict, dict, Path]:
     return checkpoints, datasets, prepare_outputs(args, f"{args.task}-seed{args.seed}", outputs, [])
 
 
-def collect_only(args, device) -> None:
-    """--policy: roll out one checkpoint and write one dataset."""
-    stem, plain = Path(args.policy).stem, args.mix == "online" and args.policy.endswith("-behavior.pt")
-    path = Path(args.output or f"data/{stem.removesuffix('-behavior')}{'' if plain else '-' + args.mix}.npz")
-    prepare_outputs(args, None, [path], [args.policy])
-    returns = collect_dataset(args.policy, args.mix, path, args, device)
+def print_result(returns: dict, files: list, **more) -> None:
+    """The last line of the output."""
     found = {k: {"mean": round(np.mean(v), 1), "std": round(np.std(v), 1)} for k, v in returns.items()}
-    print("RESULT", json.dumps({"returns": found, "files": [str(path)]}))
+    print("RESULT", json.dumps({"returns": found, "files": [str(path) for path in files], **more}))
 
 
 def collect_dataset(policy, mix: str, path: Path, args, device) -> dict:
@@ -417,19 +374,6 @@ def save_dataset(path, arrays: dict, args, task: str, level: str, **source) -> l
     return returns
 
 
-def map_file(path: Path, dtype, shape: tuple, rows: int) -> np.ndarray:
-    """An array in a file, with its disk space reserved; of a resumed run (rows > 0) with those rows in it."""
-    size = np.dtype(dtype).itemsize * shape[1]
-    with expecting(f"{size * shape[0] / 2**30:.1f} GiB of disk space, and {rows} rows where the run goes on", path):
-        found = path.stat().st_size // size if rows else 0
-        assert found >= rows, f"{found} rows; start the run anew"
-        with open(path, "ab" if rows else "wb") as file:
-            file.truncate(size * shape[0])
-            if hasattr(os, "posix_fallocate"):  # else a full disk later ends in a bus error
-                os.posix_fallocate(file.fileno(), 0, size * shape[0])
-        return np.memmap(path, dtype, "r+", shape=shape)
-
-
 class LockstepEnv:
     """n environments of one suite task, stepped together; an episode ends by the time limit alone, a timeout.
 
@@ -438,13 +382,14 @@ class LockstepEnv:
     """
 
     def __init__(self, task: str, n: int, threads: int = 0):
-        self.task, self.n, self.envs = task, n, make_envs(task, 1 if task in WALKER_SPEED else n)
+        self.task, self.n, self.envs = task, n, make_envs(task, 1 if task in WALKER else n)
         env = self.envs[0]
         self.obs_dim, self.action_dim = env.observation_spec()["observations"].shape[0], env.action_spec().shape[0]
         self.state_dim, self.episode_length = len(env.physics.get_state()), int(env._step_limit)
-        if task in WALKER_SPEED:
+        if task in WALKER:
             self.batch = Batch(env.physics.model.ptr, n, nthread=threads, persistent=True)
-            self.arrays = {k: self.batch.bind(k) for k in ("qpos", "qvel", "ctrl", "xmat", "xpos", "sensordata")}
+            names = ("qpos", "qvel", "qacc_warmstart", "ctrl", "xmat", "xpos", "sensordata")
+            self.arrays = {name: self.batch.bind(name) for name in names}
 
     def reset(self, seeds) -> np.ndarray:
         """Start n episodes, the i-th from dm_control's initial state for seeds[i] -> observations (n, obs) f32."""
@@ -453,17 +398,15 @@ class LockstepEnv:
             env = self.envs[i % len(self.envs)]
             env.task.random.seed(int(seed))
             observations.append(env.reset().observation["observations"])
-            if self.task in WALKER_SPEED:
-                data = env.physics.data
-                self.arrays["qpos"][i], self.arrays["qvel"][i] = data.qpos, data.qvel
-                self.batch.qacc_warmstart[i] = data.qacc_warmstart
-        if self.task in WALKER_SPEED:
+            for name in ("qpos", "qvel", "qacc_warmstart") if self.task in WALKER else ():
+                self.arrays[name][i] = getattr(env.physics.data, name)
+        if self.task in WALKER:
             self.batch.forward()
         return np.array(observations, np.float32)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """actions (n, act) in [-1, 1] -> observations (n, obs) f32, rewards (n,) f32, physics states (n, state)."""
-        if self.task not in WALKER_SPEED:
+        if self.task not in WALKER:
             steps = [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
             observations = np.stack([s.observation["observations"] for s in steps]).astype(np.float32)
             states = np.stack([env.physics.get_state() for env in self.envs])
@@ -471,14 +414,12 @@ class LockstepEnv:
         self.arrays["ctrl"][:] = actions
         self.batch.step(nstep=self.envs[0]._n_sub_steps, stage=mujoco.mjtStage.mjSTAGE_VEL)  # ends with mj_step1
         xmat, xpos = (self.arrays[name].reshape(self.n, -1, size) for name, size in (("xmat", 9), ("xpos", 3)))
-        height, upright = xpos[:, 1, 2], (1 + xmat[:, 1, 8]) / 2  # of body 1, the torso; body 0 is the world
+        height, upright = xpos[:, 1, 2], xmat[:, 1, 8]  # of body 1, the torso; body 0 is the world
+        speed = self.arrays["sensordata"].reshape(self.n, -1)[:, 0]
         parts = xmat[:, 1:, [0, 2]].reshape(self.n, -1), height[:, None], self.arrays["qvel"]
         observations = np.concatenate(parts, axis=1).astype(np.float32)  # orientations xx, xz; height; velocity
-        reward = (3 * rewards.tolerance(height, bounds=(1.2, np.inf), margin=0.6) + upright) / 4
-        if speed := WALKER_SPEED[self.task]:  # PlanarWalker.get_reward
-            velocity = self.arrays["sensordata"].reshape(self.n, -1)[:, 0]
-            limits = {"bounds": (speed, np.inf), "margin": speed / 2, "value_at_margin": 0.5}
-            reward = reward * (5 * rewards.tolerance(velocity, **limits, sigmoid="linear") + 1) / 6
+        torso = {"torso_height": lambda: height, "torso_upright": lambda: upright, "horizontal_velocity": lambda: speed}
+        reward = self.envs[0].task.get_reward(SimpleNamespace(**torso))  # PlanarWalker's own formula, of arrays
         states = np.concatenate([self.arrays["qpos"], self.arrays["qvel"]], axis=1)
         return observations, reward.astype(np.float32), states
 
@@ -531,8 +472,7 @@ def load_actor(checkpoint: dict, path) -> Actor:
         out_dim = sizes["action_dim"] * (2 if sizes.get("log_std") else 1)
         actor = Actor(sizes["in_dim"], out_dim, sizes["hidden"], sizes["layer_norm"])
         actor.load_state_dict(checkpoint["actor"], assign=True)
-        finite = all(parameter.float().isfinite().all() for parameter in actor.parameters())
-        assert finite, "weights that are no finite numbers"
+        assert all(w.float().isfinite().all() for w in actor.parameters()), "weights that are no finite numbers"
     return actor.float().requires_grad_(False)
 
 
@@ -574,9 +514,7 @@ def restore(point: dict | None, steps: int, modules: dict, generator, tables) ->
 
 def parse_args(cls, laptop: dict):
     """Command line -> (arguments, resume point or None, device); --scale and --resume give the defaults of the flags.
-
-    Also sets torch's CPU threads (0: all cores) and precision.
-    """
+    Sets torch's CPU threads (0: all cores) and precision."""
     text = sys.modules[cls.__module__].__doc__
     args, point, default = tyro.cli(cls, description=text), None, cls()
     if args.resume is not None:
@@ -594,16 +532,15 @@ def parse_args(cls, laptop: dict):
     for name, value in vars(args).items():
         if isinstance(value, int | float):
             low, high = 0 if name in MAY_BE_ZERO or isinstance(value, bool) else "above 0", LIMITS.get(name, 2**31 - 1)
-            fits = math.isfinite(value) and 0 <= value <= high and (value > 0 or low == 0)
+            fits = 0 <= value <= high and (value > 0 or low == 0)  # not so of NaN
             require(fits, f"--{name.replace('_', '-')}: expected a number from {low} to {high}, found {value}")
     cuda = torch.cuda.is_available()
     require(args.device != "cuda" or cuda, "--device cuda: no CUDA device was found; use --device cpu")
     torch.set_num_threads(args.threads or os.cpu_count())
     torch.set_float32_matmul_precision(args.matmul_precision)
     with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
-        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
-        mallopt(trim_threshold, 2**30)
-        mallopt(mmap_threshold, 2**26)
+        for option, value in ((-1, 2**30), (-3, 2**26)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
     return args, point, torch.device("cuda" if args.device != "cpu" and cuda else "cpu")
 
 
@@ -611,22 +548,19 @@ def prepare_outputs(args, name: str | None, outputs: list[Path], inputs: list) -
     """Make the run's folder (if named) and those of the outputs; fail where something would be lost or not written."""
     run_dir = Path(args.run_dir or f"runs/{Path(__file__).stem}-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if args.resume is None and name:
-        hint = f"continue it with --resume {run_dir} or " if (run_dir / "resume.pt").exists() else ""
         empty = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
-        require(empty, f"--run-dir {run_dir}: expected an empty folder or a new one; {hint}choose another")
-    for path in outputs:
-        free = args.resume is not None or args.overwrite or not path.exists()
-        require(free, f"{path}: exists already; pass --overwrite to replace it")
-        usable = not path.exists() or (path.is_file() and path.resolve() not in [Path(x).resolve() for x in inputs])
+        hint = "choose another, or continue a run that has a resume.pt with --resume"
+        require(empty, f"--run-dir {run_dir}: expected an empty folder or a new one; {hint}")
+    for path in [path for path in outputs if path.exists()]:
+        require(args.resume or args.overwrite, f"{path}: exists already; pass --overwrite to replace it")
+        usable = path.is_file() and path.resolve() not in [Path(x).resolve() for x in inputs]
         require(usable, f"{path}: expected a file that this run may write, found one of its inputs or no plain file")
-    for folder in [*([run_dir] if name else []), *(path.parent for path in outputs)]:
-        with expecting("a folder that can be made and written", folder):
+    for folder in [*(path.parent for path in outputs), *([run_dir] if name else [])]:
+        with expecting("a folder that can be made and written, and where no other run writes", folder):
             folder.mkdir(parents=True, exist_ok=True)
             assert os.access(folder, os.W_OK), "no permission"
-    if name:
-        with expecting("a folder that no other run writes to", run_dir):
-            lock = os.open(run_dir / "lock", os.O_CREAT | os.O_RDWR)  # until the process ends
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if folder == run_dir:  # locked until the process ends
+                fcntl.lockf(os.open(run_dir / "lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def stop(number, frame):
         hint = f"; continue with --resume {run_dir}" if (run_dir / "resume.pt").exists() else ", without a resume point"
@@ -643,7 +577,7 @@ def log(writer: SummaryWriter, step: int, metrics: dict) -> dict:
     values = {name: float(value) for name, value in metrics.items()}
     for name, value in values.items():
         hint = "training diverged, the last resume point is from before; try a lower learning rate"
-        require(math.isfinite(value), f"step {step}: {name} is {value}: {hint}")
+        require(np.isfinite(value), f"step {step}: {name} is {value}: {hint}")
         writer.add_scalar(name, value, step)
     return values
 

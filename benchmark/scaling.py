@@ -91,7 +91,7 @@ def measure(axis: str, value: int, work: str, folder: Path, args) -> dict:
             if not file.exists():
                 speed.made_up_dataset(file, task, rows)
         if work == "load":
-            return {"ms": 1e3 * speed.median_time(lambda: mop_distill.load_dataset(files[0], tasks[0]), 3)}
+            return {"ms": 1e3 * speed.median_time(lambda: mop_distill.load_dataset(files[0], tasks[0], (24, 6)), 3)}
         if work == "pbrl":
             module, products = mop_pbrl_teacher, speed.pbrl_products(sizes["batch"], sizes["width"], sizes["critics"])
             argv += ["--task", tasks[0], "--data", files[0], "--num-critics", sizes["critics"]]

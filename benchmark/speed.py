@@ -371,7 +371,7 @@ def time_works(args, folder: Path, peer) -> dict:
             results[work] = {"seconds": (time.perf_counter() - start) * 1e3 / episodes}
         elif work == "load":
             path = made_up_dataset(folder / "large.npz", tasks[0], args.transitions)
-            seconds = median_time(lambda path=path: mop_distill.load_dataset(path, tasks[0]), 3)
+            seconds = median_time(lambda path=path: mop_distill.load_dataset(path, tasks[0], (24, 6)), 3)
             results[work] = {"seconds": seconds * 1e6 / args.transitions}
         else:
             results[work] = memory(folder, tasks[0], args.transitions, args.threads)

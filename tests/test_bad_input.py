@@ -238,7 +238,7 @@ def test_resuming_with_another_network_is_refused(run_main, tmp_path):
     assert_refused(run_main(pbrl, "--resume", "run"), "--resume run", "expected a run folder with a resume point")
 
 
-def test_resuming_without_the_replay_buffer_is_refused(run_main, tmp_path):
+def test_resuming_with_a_damaged_replay_buffer_is_refused(run_main, tmp_path):
     options = [
         "--total-timesteps",
         1000,
@@ -253,11 +253,11 @@ def test_resuming_without_the_replay_buffer_is_refused(run_main, tmp_path):
     ]
     options += ["--batch-size", 4, "--eval-episodes", 1, "--final-eval-episodes", 1, "--datasets", "expert"]
     run_main(td3, "--task", "walker-stand", *options, "--num-transitions", 1000)
-    replay = tmp_path / "run/replay.f32"
-    replay.write_bytes(replay.read_bytes()[:-8])
-    assert_refused(
-        run_main(td3, "--resume", "run", "--total-timesteps", 2000), "replay.f32", "1000 rows", "found 999 rows"
-    )
+    point = torch.load(tmp_path / "run/resume.pt", weights_only=True)
+    for replay in (point["replay"][:-1], point["replay"][:, :-1], None):
+        torch.save(point | {"replay": replay}, tmp_path / "run/resume.pt")
+        outcome = run_main(td3, "--resume", "run", "--total-timesteps", 2000)
+        assert_refused(outcome, "--resume", "expected a resume point with all its parts")
 
 
 def test_as_a_user_sees_it(tmp_path):
@@ -366,9 +366,9 @@ def test_numbers_that_float32_cannot_hold(run_main, tmp_path):
 
 
 def test_other_byte_orders_and_precisions_are_converted(run_main, tmp_path):
-    plain = pbrl.load_dataset(write_dataset(tmp_path / "a.npz"))[0]
+    plain = pbrl.load_dataset(write_dataset(tmp_path / "a.npz"), None, (24, 6))[0]
     odd = {k: v.astype(">f8") if v.dtype.kind == "f" else v for k, v in make_arrays().items()}
-    for name, array in pbrl.load_dataset(write_dataset(tmp_path / "b.npz", arrays=odd))[0].items():
+    for name, array in pbrl.load_dataset(write_dataset(tmp_path / "b.npz", arrays=odd), None, (24, 6))[0].items():
         assert array.dtype == plain[name].dtype
         np.testing.assert_array_equal(array, plain[name])
 

@@ -51,7 +51,7 @@ def test_claimed_returns_are_reproduced_and_teachers_reach_their_behaviour(task,
 
 @pytest.mark.parametrize("task", TASKS)
 def test_bundled_datasets(task):
-    data, metadata = distill.load_dataset(ROOT / "pretrained" / f"{task}-medium.npz", task)
+    data, metadata = distill.load_dataset(ROOT / "pretrained" / f"{task}-medium.npz", task, (24, 6))
     assert len(data["rewards"]) == 19_000 and metadata["mix"] == "online"
     sums = data["rewards"].reshape(19, 1000).sum(axis=1)
     np.testing.assert_allclose(sums, metadata["episode_returns"], rtol=1e-4)
