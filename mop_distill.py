@@ -52,7 +52,7 @@ DATASET |= {"next_observations": (np.float32, 2), "terminals": (bool, 1), "timeo
 DATASET |= {"physics": (np.float64, 2)}
 MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "exploration_noise", "ood_noise", "beta_in"}
 MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
-LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024}  # of flags
+LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024, "hidden": 2**16, "teacher_hidden": 2**16}  # of flags
 TAU_STATES = 1000  # of an evaluation's states, in which the hidden layers' tau is taken
 LAPTOP = {"gradient_steps": 20_000, "learning_rate": 1e-3}  # --scale laptop
 
@@ -462,7 +462,7 @@ def load_checkpoint(path, kinds: tuple[str, ...], task: str | None = None) -> di
     with expecting("a readable checkpoint of these scripts, without pickled objects (those are refused)", path):
         assert zipfile.ZipFile(path).testzip() is None, "damaged bytes"  # torch.load does not compare check sums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found, tasks = checkpoint["schema_version"], checkpoint["tasks"]
+        found, tasks, _ = checkpoint["schema_version"], checkpoint["tasks"], checkpoint["level"]
         assert found == SCHEMA_VERSION, f"schema version {found}, not {SCHEMA_VERSION}"
         assert checkpoint["kind"] in kinds, f"kind {checkpoint['kind']}, not {' or '.join(kinds)}"
         assert task is None or tasks == [task], f"{', '.join(tasks)}, not {task}"
@@ -475,12 +475,14 @@ def load_network(cls, checkpoint: dict, path) -> nn.Module:
     with expecting("weights and sizes that fit together", path), torch.device("meta"):
         sizes, weights = checkpoint["sizes"], checkpoint["actor" if cls is Actor else "critics"]
         if cls is Actor:
+            assert sizes.get("log_std") is None or len(sizes["log_std"]) == 2, f"log_std {sizes['log_std']}"
             out_dim = sizes["action_dim"] * (2 if sizes.get("log_std") else 1)
             network = Actor(sizes["in_dim"], out_dim, sizes["hidden"])
         else:
             network = Critics(len(weights["w1"]), sizes["obs_dim"], sizes["action_dim"], sizes["hidden"])
         network.load_state_dict(weights, assign=True)
-        assert all(w.float().isfinite().all() for w in network.parameters()), "weights that are no finite numbers"
+        sane = all(w.is_floating_point() and (w.abs() < 1e6).all() for w in network.parameters())
+        assert sane, "weights that are NaN, infinite or beyond a million"
     return network.float().requires_grad_(False)
 
 
@@ -497,11 +499,19 @@ def write_atomic(path, write) -> None:
 
 
 def save_point(run_dir: Path, args, step: int, modules: dict, generator, tables, rows: list, **more) -> None:
-    """Write the run's resume point: everything that restore puts back or compares, and more."""
+    """Write the run's resume point: everything that restore puts back or compares, and more; only if it is finite."""
+    require(all_finite(modules), f"step {step}: weights or Adam's states are not finite; try a lower learning rate")
     state = {name: module.state_dict() for name, module in modules.items()} | more
     state |= {"script": Path(__file__).stem, "args": vars(args), "step": step, "rows": rows}
     state |= {"data_key": [zlib.crc32(table.cpu().numpy()) for table in tables], "generator": generator.get_state()}
     write_atomic(run_dir / "resume.pt", partial(torch.save, state))
+
+
+def all_finite(modules: dict) -> bool:
+    """Whether the weights of the networks and Adam's states are."""
+    states = [s for module in modules.values() for s in getattr(module, "state", {}).values()]
+    weights = [module.parameters() for module in modules.values() if isinstance(module, nn.Module)]
+    return all(x.isfinite().all() for values in [*weights, *(s.values() for s in states)] for x in values)
 
 
 def restore(point: dict | None, steps: int, modules: dict, generator, tables) -> tuple[int, list]:
@@ -516,6 +526,7 @@ def restore(point: dict | None, steps: int, modules: dict, generator, tables) ->
             module.load_state_dict(point[name] | now)
             for parameter, state in getattr(module, "state", {}).items():  # Adam's, whose shapes torch does not check
                 assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape, f"other shapes in {name}"
+        assert all_finite(modules), "weights or Adam's states that are not finite"
         generator.set_state(point["generator"])
         return point["step"], [[int(now), str(task), list(map(float, found))] for now, task, found in point["rows"]]
 
@@ -523,6 +534,7 @@ def restore(point: dict | None, steps: int, modules: dict, generator, tables) ->
 def parse_args(cls, laptop: dict):
     """Command line -> (arguments, resume point or None, device); --scale and --resume give the defaults of the flags.
     Sets torch's CPU threads (0: all cores) and precision."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a run folder, Ctrl-C just ends it
     text = sys.modules[cls.__module__].__doc__
     args, point, default = tyro.cli(cls, description=text), None, cls()
     if args.resume is not None:
@@ -559,6 +571,7 @@ def prepare_outputs(args, name: str | None, outputs: list[Path], inputs: list) -
         empty = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
         hint = "choose another, or continue a run that has a resume.pt with --resume"
         require(empty, f"--run-dir {run_dir}: expected an empty folder or a new one; {hint}")
+    require(run_dir not in outputs, f"--output: expected a file, found the folder of the run, {run_dir}")
     for path in [path for path in outputs if path.exists()]:
         require(args.resume or args.overwrite, f"{path}: exists already; pass --overwrite to replace it")
         usable = path.is_file() and path.resolve() not in [Path(x).resolve() for x in inputs]

@@ -16,6 +16,7 @@ import ctypes
 import fcntl
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -51,7 +52,7 @@ DATASET |= {"next_observations": (np.float32, 2), "terminals": (bool, 1), "timeo
 DATASET |= {"physics": (np.float64, 2)}
 MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "exploration_noise", "ood_noise", "beta_in"}
 MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
-LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024}  # of flags
+LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024, "hidden": 2**16, "teacher_hidden": 2**16}  # of flags
 LAPTOP = {"hidden": 256, "batch_size": 128, "learning_rate": 3e-4, "total_timesteps": 250_000}  # --scale laptop
 
 
@@ -229,6 +230,8 @@ def main():
     # replay buffer: one row (s, a, r, s', physics) per step, never overwritten
     columns = [env.obs_dim, env.action_dim, 1, env.obs_dim, env.state_dim]
     replay = torch.zeros(total, sum(columns), dtype=torch.float64, device=device)
+    need, free = 2 * replay.nbytes, shutil.disk_usage(run_dir).free + (run_dir / "resume.pt").exists() * replay.nbytes
+    require(free > need, f"{run_dir}: expected {need / 2**30:.1f} GiB of disk space, found {free / 2**30:.1f}")
     with expecting("a resume point with all its parts", "--resume"):
         medium, replay[:start] = (point.pop("medium"), point.pop("replay")) if point else (None, replay[:0])
     filled = torch.zeros((), dtype=torch.float64, device=device)  # rows in it
@@ -457,7 +460,7 @@ def load_checkpoint(path, kinds: tuple[str, ...], task: str | None = None) -> di
     with expecting("a readable checkpoint of these scripts, without pickled objects (those are refused)", path):
         assert zipfile.ZipFile(path).testzip() is None, "damaged bytes"  # torch.load does not compare check sums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found, tasks = checkpoint["schema_version"], checkpoint["tasks"]
+        found, tasks, _ = checkpoint["schema_version"], checkpoint["tasks"], checkpoint["level"]
         assert found == SCHEMA_VERSION, f"schema version {found}, not {SCHEMA_VERSION}"
         assert checkpoint["kind"] in kinds, f"kind {checkpoint['kind']}, not {' or '.join(kinds)}"
         assert task is None or tasks == [task], f"{', '.join(tasks)}, not {task}"
@@ -472,7 +475,8 @@ def load_actor(checkpoint: dict, path) -> Actor:
         out_dim = sizes["action_dim"] * (2 if sizes.get("log_std") else 1)
         actor = Actor(sizes["in_dim"], out_dim, sizes["hidden"], sizes["layer_norm"])
         actor.load_state_dict(checkpoint["actor"], assign=True)
-        assert all(w.float().isfinite().all() for w in actor.parameters()), "weights that are no finite numbers"
+        sane = all(w.is_floating_point() and (w.abs() < 1e6).all() for w in actor.parameters())
+        assert sane, "weights that are NaN, infinite or beyond a million"
     return actor.float().requires_grad_(False)
 
 
@@ -489,11 +493,19 @@ def write_atomic(path, write) -> None:
 
 
 def save_point(run_dir: Path, args, step: int, modules: dict, generator, tables, rows: list, **more) -> None:
-    """Write the run's resume point: everything that restore puts back or compares, and more."""
+    """Write the run's resume point: everything that restore puts back or compares, and more; only if it is finite."""
+    require(all_finite(modules), f"step {step}: weights or Adam's states are not finite; try a lower learning rate")
     state = {name: module.state_dict() for name, module in modules.items()} | more
     state |= {"script": Path(__file__).stem, "args": vars(args), "step": step, "rows": rows}
     state |= {"data_key": [zlib.crc32(table.cpu().numpy()) for table in tables], "generator": generator.get_state()}
     write_atomic(run_dir / "resume.pt", partial(torch.save, state))
+
+
+def all_finite(modules: dict) -> bool:
+    """Whether the weights of the networks and Adam's states are."""
+    states = [s for module in modules.values() for s in getattr(module, "state", {}).values()]
+    weights = [module.parameters() for module in modules.values() if isinstance(module, nn.Module)]
+    return all(x.isfinite().all() for values in [*weights, *(s.values() for s in states)] for x in values)
 
 
 def restore(point: dict | None, steps: int, modules: dict, generator, tables) -> tuple[int, list]:
@@ -508,6 +520,7 @@ def restore(point: dict | None, steps: int, modules: dict, generator, tables) ->
             module.load_state_dict(point[name] | now)
             for parameter, state in getattr(module, "state", {}).items():  # Adam's, whose shapes torch does not check
                 assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape, f"other shapes in {name}"
+        assert all_finite(modules), "weights or Adam's states that are not finite"
         generator.set_state(point["generator"])
         return point["step"], [[int(now), str(task), list(map(float, found))] for now, task, found in point["rows"]]
 
@@ -515,6 +528,7 @@ def restore(point: dict | None, steps: int, modules: dict, generator, tables) ->
 def parse_args(cls, laptop: dict):
     """Command line -> (arguments, resume point or None, device); --scale and --resume give the defaults of the flags.
     Sets torch's CPU threads (0: all cores) and precision."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a run folder, Ctrl-C just ends it
     text = sys.modules[cls.__module__].__doc__
     args, point, default = tyro.cli(cls, description=text), None, cls()
     if args.resume is not None:
@@ -551,6 +565,7 @@ def prepare_outputs(args, name: str | None, outputs: list[Path], inputs: list) -
         empty = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
         hint = "choose another, or continue a run that has a resume.pt with --resume"
         require(empty, f"--run-dir {run_dir}: expected an empty folder or a new one; {hint}")
+    require(run_dir not in outputs, f"--output: expected a file, found the folder of the run, {run_dir}")
     for path in [path for path in outputs if path.exists()]:
         require(args.resume or args.overwrite, f"{path}: exists already; pass --overwrite to replace it")
         usable = path.is_file() and path.resolve() not in [Path(x).resolve() for x in inputs]

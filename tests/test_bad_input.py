@@ -5,15 +5,19 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import mop_distill as distill
+import mop_ds as ds
+import mop_measure as measure
+import mop_oqs as oqs
 import mop_pbrl_teacher as pbrl
 import mop_td3_collect as td3
-from conftest import ROOT, make_arrays, script, write_dataset, write_teacher
+from conftest import ROOT, make_arrays, own_rewards, script, write_dataset, write_teacher
 
 
 def assert_refused(outcome, *words):
@@ -332,8 +336,8 @@ def changed_weights(path, value):
 def test_weights_that_are_no_numbers(run_main, tmp_path, value):
     options = ["--tasks", "walker-stand", "--data", write_dataset(tmp_path / "d.npz")]
     path = changed_weights(write_teacher(tmp_path / "t.pt"), value)
-    assert_refused(run_main(distill, *options, "--teachers", path), "t.pt", "no finite numbers")
-    assert_refused(run_main(td3, "--policy", path, "--num-transitions", 1000), "t.pt", "no finite numbers")
+    assert_refused(run_main(distill, *options, "--teachers", path), "t.pt", "beyond a million")
+    assert_refused(run_main(td3, "--policy", path, "--num-transitions", 1000), "t.pt", "beyond a million")
     assert not list((tmp_path / "data").iterdir())
 
 
@@ -366,7 +370,7 @@ def test_numbers_that_float32_cannot_hold(run_main, tmp_path):
 
 
 def test_other_byte_orders_and_precisions_are_converted(run_main, tmp_path):
-    plain = pbrl.load_dataset(write_dataset(tmp_path / "a.npz"), None, (24, 6))[0]
+    plain = pbrl.load_dataset(write_dataset(tmp_path / "a.npz", arrays=make_arrays()), None, (24, 6))[0]
     odd = {k: v.astype(">f8") if v.dtype.kind == "f" else v for k, v in make_arrays().items()}
     for name, array in pbrl.load_dataset(write_dataset(tmp_path / "b.npz", arrays=odd), None, (24, 6))[0].items():
         assert array.dtype == plain[name].dtype
@@ -421,3 +425,71 @@ def test_a_symlinked_script_finds_the_bundled_files(tmp_path):
     command = [sys.executable, str(tmp_path / "link.py"), *options, "--threads", "1"]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 0 and "using the bundled pretrained/walker-stand-medium.npz" in process.stdout
+
+
+def test_weights_that_give_no_finite_actions_are_refused(run_main, tmp_path):
+    """NaN, infinite, so large that a product overflows, or complex: by every script that reads a policy."""
+    data = write_dataset(tmp_path / "d.npz")
+    for number, change in enumerate((lambda w: w * torch.nan, lambda w: w * 1e38, lambda w: w.to(torch.complex64))):
+        path = write_teacher(tmp_path / f"{number}.pt")
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["actor"] = {name: change(w) for name, w in checkpoint["actor"].items()}
+        torch.save(checkpoint, path)
+        said = f"{number}.pt", "beyond a million"
+        assert_refused(run_main(td3, "--policy", path, "--num-transitions", 1000, "--output", "out.npz"), *said)
+        assert_refused(run_main(measure, "--teachers", path, "--no-gif"), *said)
+        options = ["--tasks", "walker-stand", "--data", data, "--teachers", path]
+        assert_refused(run_main(distill, *options), *said)
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_checkpoints_without_level_or_with_odd_bounds(run_main, tmp_path):
+    path = write_teacher(tmp_path / "t.pt")
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["level"]
+    torch.save(checkpoint, path)
+    assert_refused(run_main(td3, "--policy", path, "--output", "out.npz"), "t.pt", "level")
+    path = write_teacher(tmp_path / "g.pt", log_std=5.0)
+    options = ["--tasks", "walker-stand", "--data", write_dataset(tmp_path / "d.npz"), "--loss", "kl"]
+    assert_refused(run_main(distill, *options, "--teachers", path), "g.pt", "expected weights and sizes that fit")
+
+
+@pytest.mark.parametrize("module", [ds, oqs])
+def test_physics_states_that_do_not_give_the_rewards(run_main, tmp_path, module):
+    """Of the states before the actions, say, or of another model: relabelling would invent rewards."""
+    arrays = own_rewards(make_arrays(), "walker-stand")
+    for physics in (np.roll(arrays["physics"], 1, axis=0), arrays["physics"][:, :1]):
+        data = write_dataset(tmp_path / "stand.npz", arrays=arrays | {"physics": physics})
+        other = write_dataset(tmp_path / "walk.npz", "walker-walk")
+        options = ["--teachers", *["train"] * 4] if module is oqs else []
+        outcome = run_main(module, "--data", data, other, "--run-dir", f"run{physics.shape[1]}", *options)
+        assert_refused(outcome, "stand.npz", "expected physics states after the actions, which give the rewards")
+
+
+def test_only_finite_resume_points_are_written_and_read(tmp_path, monkeypatch):
+    weight = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(weight.parameters())
+    weight(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    modules, generator = {"actor": weight, "optimizer": optimizer}, torch.Generator()
+    save = lambda: pbrl.save_point(tmp_path, pbrl.Args(), 7, modules, generator, [], [])  # noqa: E731
+    save()
+    good = torch.load(tmp_path / "resume.pt", weights_only=True)
+    assert pbrl.restore(good, 9, modules, generator, []) == (7, [])
+    optimizer.state[weight.weight]["exp_avg_sq"].fill_(torch.inf)
+    with pytest.raises(SystemExit, match="step 7: weights or Adam's states are not finite"):
+        save()
+    assert torch.load(tmp_path / "resume.pt", weights_only=True)["step"] == 7
+    with pytest.raises(SystemExit, match="not finite"):
+        pbrl.restore(good | {"optimizer": optimizer.state_dict()}, 9, modules, generator, [])
+
+
+def test_the_folder_of_the_run_is_no_output(run_main, tmp_path):
+    data = write_dataset(tmp_path / "d.npz")
+    outcome = run_main(pbrl, "--task", "walker-stand", "--data", data, "--run-dir", "x", "--output", "x")
+    assert_refused(outcome, "--output: expected a file, found the folder of the run")
+
+
+def test_resume_points_need_disk_space(run_main, tmp_path, monkeypatch):
+    monkeypatch.setattr(td3.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    assert_refused(run_main(td3, "--hidden", 8, "--run-dir", "run"), "expected 2.2 GiB of disk space, found 0.9")

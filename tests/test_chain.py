@@ -168,7 +168,7 @@ def test_stopped_by_a_signal(chain, tmp_path, number, code):
         time.sleep(0.02)
     second = script("mop_distill", "--resume", "run", cwd=tmp_path)
     assert second.returncode == 1 and len(second.stderr.splitlines()) == 1, second.stderr
-    assert "run: expected a folder that no other run writes to" in second.stderr
+    assert "run: expected a folder that can be made and written, and where no other run writes" in second.stderr
     process.send_signal(number)
     assert process.communicate()[1] == "mop_distill.py: stopped; continue with --resume run\n"
     assert process.returncode == code and not list(tmp_path.rglob("*.tmp"))

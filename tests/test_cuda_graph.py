@@ -17,7 +17,7 @@ import mop_ds as ds
 import mop_oqs as oqs
 import mop_pbrl_teacher as pbrl
 import mop_td3_collect as td3
-from conftest import make_arrays, write_dataset, write_teacher
+from conftest import make_arrays, own_rewards, write_dataset, write_teacher
 
 FORBIDDEN = {"aten::_local_scalar_dense", "aten::lift_fresh", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
 
@@ -136,7 +136,7 @@ def run_case(run_main, name, *more, device="cpu"):
 def files(tmp_path):
     for seed, task in enumerate(TASKS):
         name = task.partition("-")[2]
-        write_dataset(tmp_path / f"{name}.npz", task, make_arrays(n=60, seed=seed))
+        write_dataset(tmp_path / f"{name}.npz", task, own_rewards(make_arrays(n=60, seed=seed), task))
         write_teacher(tmp_path / f"{name}.pt", task, seed=seed)
 
 

@@ -22,6 +22,7 @@ import torch
 from dm_control.suite import walker
 
 from conftest import ROOT, SCRIPTS, script, write_dataset, write_teacher
+from test_copies import flags
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BENCHMARKS = "".join(path.read_text() for path in (ROOT / "benchmark").glob("*.py"))
@@ -150,12 +151,13 @@ def helps():
 def test_help(helps, name):
     """What the script does, its example, every flag and what it is for."""
     tree = ast.parse((ROOT / f"{name}.py").read_text())
-    (fields,) = (node.body for node in tree.body if getattr(node, "name", "") == "Args")
+    (cls,) = (node for node in tree.body if getattr(node, "name", "") == "Args")
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", helps[name]).split())
     assert f"python {name}.py" in text and ast.get_docstring(tree).splitlines()[0][:60] in text
-    for field, doc in zip(fields[::2], fields[1::2], strict=True):
-        assert f"--{field.target.id.replace('_', '-')}" in text
-        assert " ".join(doc.value.value.split())[:30] in text, field.target.id
+    for field, lines in flags(cls, (ROOT / f"{name}.py").read_text().splitlines()).items():
+        doc = lines.split('"""')[1] if '"""' in lines else lines.split("  # ", 1)[1]
+        assert f"--{field.replace('_', '-')}" in text
+        assert " ".join(doc.split())[:30] in text, field
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

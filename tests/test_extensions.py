@@ -12,7 +12,7 @@ from dm_control import suite
 
 import mop_ds as ds
 import mop_oqs as oqs
-from conftest import ROOT, make_arrays, write_dataset, write_teacher
+from conftest import ROOT, make_arrays, own_rewards, write_dataset, write_teacher
 from test_loops import World
 
 BUNDLED = {task: ROOT / f"pretrained/{task}-medium.npz" for task in ("walker-stand", "walker-walk")}
@@ -273,7 +273,7 @@ SIZES += ["--threads", 1, "--device", "cpu"]
 
 def write_data(folder):
     for i, task in enumerate(BUNDLED):
-        write_dataset(folder / f"data/{task}-medium.npz", task, make_arrays(seed=i))
+        write_dataset(folder / f"data/{task}-medium.npz", task, own_rewards(make_arrays(seed=i), task))
 
 
 def weights(folder):

@@ -4,16 +4,19 @@ CI runs a part; `python -m pytest -m slow tests/test_trust.py` runs all: 2,100 d
 """
 
 import copy
+import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
 import mop_distill as distill
+import mop_ds as ds
 from conftest import ROOT, make_arrays, script, write_dataset, write_teacher
 
 FULL = [pytest.param(0, 30), pytest.param(1, 670, marks=pytest.mark.slow)]  # seed, number of damaged files of each kind
@@ -152,6 +155,36 @@ def test_damaged_resume_points(tmp_path, monkeypatch, seed, count):
         assert found is None or not i % 2 or equal(found, known)
         refused += found is None
     assert refused > 0.4 * count
+
+
+@contextmanager
+def full_disk():
+    """No file grows beyond 1000 bytes: the system refuses the write, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("write", [lambda f: torch.save(torch.ones(9999), f), lambda f: f.write(bytes(9999))])
+def test_a_full_disk_keeps_the_old_file(tmp_path, write):
+    path = tmp_path / "resume.pt"
+    path.write_bytes(b"old")
+    with full_disk(), pytest.raises(SystemExit, match=r"resume\.pt: expected free space"):
+        distill.write_atomic(path, write)
+    assert path.read_bytes() == b"old" and [found.name for found in tmp_path.iterdir()] == ["resume.pt"]
+
+
+def test_relabelled_rewards_without_room_for_their_file(tmp_path):
+    """They are used all the same; where a part of the file was written, the next run makes it anew."""
+    arrays = make_arrays(400)
+    with full_disk():
+        found = ds.relabel(tmp_path / "d.npz", arrays, "walker-walk")
+    np.testing.assert_array_equal(found, ds.relabel(tmp_path / "d.npz", arrays, "walker-walk"))
+    (path,) = tmp_path.iterdir()
+    np.testing.assert_array_equal(found, np.load(path))
 
 
 KILLS = [pytest.param("mop_distill", 2), pytest.param("mop_distill", 25, marks=pytest.mark.slow)]
