@@ -1,0 +1,392 @@
+"""The figures and tables of docs/results.md, from the CSVs in docs/results/<scale>/.
+
+    python reproduce/figures.py --scale laptop
+
+Out: docs/results/<scale>/<name>.png, and in docs/results.md what stands between `<!-- table <scale> <name> -->` and
+`<!-- end -->`. What the thesis's text says, and of which quantities, stands in findings.csv beside this file.
+
+A quantity is FOLDER?COLUMN=VALUE&..: per seed the mean over these rows of FOLDER/seed<s>.csv, at its last step
+(FOLDER/tau: of seed<s>-tau.csv). With #1 it is seed 1's alone, a constant. A | B is the higher of A, a constant, and B.
+"""
+
+import csv
+import itertools
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from scipy import stats
+
+TASKS, LEVELS = ("walker-stand", "walker-walk"), ("medium", "expert", "medium-replay")
+WIDTHS, STATES = (16, 32, 64, 128, 256, 512), ("online", "noise", "random90", "random99")
+RANKINGS, REPLAY = ("none", "ndcg", "pairwise", "listwise"), ("medium-replay", "medium-replay")
+KINDS = {  # the columns, and the one that is the value
+    "tau": ("step,task,layer,tau_a_mean,tau_a_std,tau_b_mean", "tau_a_mean"),
+    "activations": ("task,layer,neuron,mean", "mean"),
+    "measure": ("measure,layer,value,std", "value"),
+    "cross": ("teacher,task,episode,return", "return"),
+    "returns": ("policy,task,evaluation,step,episode,return", "return"),
+}
+CLAIMS = {  # a CLAIM b holds if sign * (a - b - margin * |b|) > 0
+    "above": (1, 0), "below": (-1, 0), "matches": (1, -0.05), "falls short": (-1, -0.05), "not above": (-1, 0.05),
+}  # fmt: skip
+VERDICTS = "as the thesis", "against the thesis", "open", "one seed", "not run"
+BEHAVIORS = {"medium": ("463", "691"), "expert": ("979", "907"), "medium-replay": ("463", "691")}  # Table 4.1
+COLOURS = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#000000"  # of Okabe and Ito
+MARKERS, DASHES = "osD^vX", ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (2, 1)), (0, (8, 2)))
+RETURN, NOTE = "return (0 to 1000)", "mean over seeds; {}: its 95% interval by the t distribution, none for one seed"
+
+
+def load(folder: Path) -> dict[str, dict[int, list[dict]]]:
+    """FOLDER, FOLDER/tau, FOLDER/activations -> seed -> rows, with the value as "y"."""
+    data = defaultdict(dict)
+    for path in sorted(folder.rglob("*.csv")):
+        key, name = path.parent.relative_to(folder).parts, re.fullmatch(r"seed(\d+)(?:-(tau|activations))?", path.stem)
+        kind = (name and name[2]) or (key[0] if key and key[0] in ("measure", "cross") else "returns")
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        if not name or not rows or ",".join(map(str, rows[0])) != KINDS[kind][0]:
+            raise SystemExit(f"{path}: expected the name seed<s>[-tau].csv, the columns {KINDS[kind][0]}, and rows")
+        for i, row in enumerate(rows):
+            try:
+                row["y"], row["step"] = float(row[KINDS[kind][1]]), float(row.get("step", 0))
+            except (TypeError, ValueError):
+                raise SystemExit(f"{path}, line {i + 2}: expected numbers, found {row}") from None
+        data["/".join([*key, *filter(None, [name[2]])])][int(name[1])] = rows
+    return data
+
+
+def curve(data, quantity: str, evaluation="training") -> dict[int, dict[float, float]]:
+    """seed -> step -> mean over the rows."""
+    key, _, conditions = quantity.partition("?")
+    where = {"evaluation": evaluation, **dict(c.split("=") for c in filter(None, conditions.split("&")))}
+    found = defaultdict(lambda: defaultdict(list))
+    for seed, rows in sorted(data.get(key, {}).items()):
+        for row in rows:
+            if all(row.get(column, value) == value for column, value in where.items()):
+                found[seed][row["step"]].append(row["y"])
+    return {seed: {step: float(np.mean(ys)) for step, ys in steps.items()} for seed, steps in found.items()}
+
+
+def final(data, quantity: str) -> dict[int, float] | float | None:
+    """seed -> value; a number if the quantity is a constant; None or {} if it was not run."""
+    if " | " in quantity:
+        constant, sample = (final(data, part) for part in quantity.split(" | "))
+        return {seed: max(constant, y) for seed, y in sample.items()} if constant else None
+    if re.fullmatch(r"[\d.]+", quantity):
+        return float(quantity)
+    quantity, _, seed = quantity.partition("#")
+    values = {s: steps[max(steps)] for s, steps in curve(data, quantity, "final").items()}
+    return values.get(int(seed)) if seed else values
+
+
+def interval(a, b=0.0) -> tuple[float, float]:
+    """Mean of a less that of b, and half its 95% interval: Student's t over seeds, Welch's if b is a sample; nan if
+    a sample has one seed."""
+    samples = [np.array([*x]) for x in (a, b) if not np.isscalar(x)]
+    difference = float(samples[0].mean() - (b if np.isscalar(b) else samples[1].mean()))
+    if min(map(len, samples)) < 2:
+        return difference, np.nan
+    squares, freedoms = np.array([(x.var(ddof=1) / len(x), len(x) - 1) for x in samples]).T
+    if not squares.any():
+        return difference, 0.0
+    freedom = squares.sum() ** 2 / (squares**2 / freedoms).sum()
+    return difference, float(stats.t.ppf(0.975, freedom) * np.sqrt(squares.sum()))
+
+
+def text(mean, half, size, sign="") -> str:
+    digits = 1 if abs(size) > 2 else 3  # a return, a tau
+    return f"{mean:{sign}.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
+
+
+def describe(x) -> str:
+    if np.isscalar(x) or not x:
+        return text(x, np.nan, x) if x else ""
+    mean, half = interval(x.values())
+    return f"{text(mean, half, mean)} ({len(x)} seed{'s' * (len(x) > 1)})"
+
+
+def finding(data, what, quantity_a, claim, quantity_b) -> list[str]:
+    """A row of a table: a, b, their difference, and whether the thesis's claim holds."""
+    a, b = final(data, quantity_a), final(data, quantity_b)
+    row = [what, claim, describe(a), describe(b) + " (seed 1)" * (quantity_b.endswith("#1") and bool(b))]
+    if not a or not b:
+        return [*row, "", "not run"]
+    size = b if np.isscalar(b) else float(np.mean([*b.values()]))
+    runs = [re.split(r"[?#]", q)[0] for q in (quantity_a, *quantity_b.split(" | "))]
+    if not np.isscalar(b) and runs[0] in runs[1:]:  # of the same runs: by pairs
+        difference, half = interval([a[seed] - b[seed] for seed in a if seed in b])
+    else:
+        difference, half = interval(a.values(), b if np.isscalar(b) else b.values())
+    sign, margin = CLAIMS.get(claim, (1, 0))
+    surplus = sign * (difference - margin * abs(size))
+    if claim == "equals":
+        verdict = VERDICTS[abs(difference) > half]
+    elif claim in CLAIMS:
+        verdict = VERDICTS[2 if abs(surplus) <= half else surplus <= 0]
+    else:
+        verdict = "-"
+    if np.isnan(half) and verdict != "-":
+        verdict = "one seed" if claim == "equals" else f"one seed, {verdict}"
+    return [*row, text(difference, half, size, "+"), verdict]
+
+
+def findings(data, name: str) -> list[list[str]]:
+    """The rows of a table; {level}, {task}, {layer} stand for each of them."""
+    with Path(__file__).with_name("findings.csv").open(newline="") as file:
+        lines = [line for part, *line in csv.reader(file) if part == name]
+    choices = {"level": LEVELS, "task": TASKS, "layer": ("1", "2")}
+    rows = []
+    for line in lines:
+        names = [n for n in choices if f"{{{n}}}" in line[0]]
+        for values in itertools.product(*(choices[n] for n in names)):
+            rows.append(finding(data, *(cell.format(**dict(zip(names, values, strict=True))) for cell in line)))
+    return rows
+
+
+def was_run(rows) -> bool:
+    return any(row[-1] != "not run" for row in rows)
+
+
+def grid(columns, titles, xlabel, ylabels):
+    """Panels row by row; one label of the y axis per row."""
+    rows = len(titles) // columns
+    figure = Figure(figsize=(1 + 3.4 * columns, 1.3 + 2.3 * rows), layout="constrained", dpi=130)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey="row")
+    for i, (ax, title) in enumerate(zip(axes.flat, titles, strict=True)):
+        ax.set_title(title, fontsize=10)
+        ax.set_axisbelow(True)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set_xlabel(xlabel if i >= len(titles) - columns else "")
+        ax.set_ylabel(ylabels[i // columns] if i % columns == 0 else "")
+        if ylabels[i // columns] == RETURN:
+            ax.set_ylim(0, 1000)
+    return figure, axes.flat
+
+
+def draw(ax, points: dict, label, i):
+    """A line through the means over seeds, with the 95% interval; points: x -> values of the seeds."""
+    points = {x: [*values] for x, values in points.items() if values}
+    mean, half = np.array([interval(values) for values in points.values()]).reshape(-1, 2).T
+    style = {"color": COLOURS[i], "marker": MARKERS[i], "linestyle": DASHES[i], "markersize": 4}
+    (line,) = ax.plot([*points], mean, label=label, markevery=max(1, len(points) // 8), **style)
+    line.seeds = {len(values) for values in points.values()} or {0}
+    ax.fill_between([*points], mean - half, mean + half, color=COLOURS[i], alpha=0.18, linewidth=0)
+
+
+def horizontal(ax, value, label, i=0):
+    if value is not None:
+        ax.axhline(value, color=("0", "0.5")[i], linestyle=((0, (1, 1.5)), "-.")[i], linewidth=1.3, label=label)
+
+
+def finish(figure, note):
+    """A legend below the panels with the numbers of seeds; None if nothing was drawn."""
+    handles, seeds = {}, defaultdict(set)
+    for ax in figure.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles[label] = handle
+            seeds[label] |= getattr(handle, "seeds", set())
+        if not any(any(getattr(drawn, "seeds", ())) for drawn in [*ax.lines, *ax.containers]):
+            ax.text(0.5, 0.15, "not run", transform=ax.transAxes, ha="center", color="0.4")
+    counts = {label: " to ".join(map(str, sorted({min(n), max(n)}))) for label, n in seeds.items() if n}
+    labels = [f"{k} ({counts[k]} seed{'s' * (counts[k] != '1')})" if k in counts else k for k in handles]
+    legend = figure.legend(handles.values(), labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    legend.set_title(note, {"size": 8})
+    return figure if any(map(any, seeds.values())) else None
+
+
+def learning_curves(data, columns, panels):
+    """panels: (title, {label: quantity}, {label of a horizontal line: quantity})."""
+    ylabels = ["per-state tau-a" if "/tau?" in str(lines) else RETURN for _, lines, _ in panels[::columns]]
+    figure, axes = grid(columns, [title for title, *_ in panels], "gradient steps (thousands)", ylabels)
+    for ax, (_, lines, levels) in zip(axes, panels, strict=True):
+        for i, (label, quantity) in enumerate(lines.items()):
+            seeds = curve(data, quantity).values()
+            steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
+            draw(ax, {step / 1000: [seed[step] for seed in seeds] for step in steps}, label, i)
+        for i, (label, quantity) in enumerate(levels.items()):
+            horizontal(ax, final(data, quantity), label, i)
+    return finish(figure, NOTE.format("shaded"))
+
+
+def student(hidden=256, states="offline", loss="mse", regularizer="none", levels=("medium", "medium")) -> str:
+    return f"student/{loss}-{regularizer}-{hidden}-{states}-{levels[0]}-{levels[1]}"
+
+
+def by_level(data, lines):
+    panels = [
+        (f"{t}, {level}", {k: v.format(task=t, level=level) for k, v in lines.items()},
+         {"behaviour": f"behavior/{t}-{level}#1", "behaviour of the thesis": BEHAVIORS[level][i]})
+        for level in LEVELS for i, t in enumerate(TASKS)
+    ]  # fmt: skip
+    return learning_curves(data, 2, panels)
+
+
+def by_task(data, lines, level="medium", teachers=None, tau=False):
+    teachers = {k: f"{v}/{{}}-{level}#1" for k, v in (teachers or {"teacher": "teacher"}).items()}
+    panels = [
+        (f"{t}, {level}", {k: f"{v}?task={t}" for k, v in lines.items()}, {k: v.format(t) for k, v in teachers.items()})
+        for t in TASKS
+    ]
+    panels += [
+        (f"{t}, layer {j}", {k: f"{v}/tau?task={t}&layer={j}" for k, v in lines.items()}, {})
+        for j, t in itertools.product((1, 2), TASKS * tau)
+    ]
+    return learning_curves(data, 2, panels)
+
+
+def fig51(data):
+    return by_level(data, {"teacher": "teacher/{task}-{level}"})
+
+
+def fig53(data):
+    lines = {"naive multi-task": "naive/{level}?task={task}", "naive as published": "frozen/{level}?task={task}"}
+    return by_level(data, {"one teacher per task": "teacher/{task}-{level}", **lines})
+
+
+def fig54(data):
+    teachers = {"teacher of mse and q": "teacher", "Gaussian teacher, of kl": "gaussian"}
+    return by_task(data, {loss: student(loss=loss) for loss in ("mse", "q", "kl")}, teachers=teachers)
+
+
+def fig55(data):
+    return by_task(data, {"student": student(levels=REPLAY)}, REPLAY[0])
+
+
+def fig57(data):
+    return by_task(data, {f"{s} states": student(states=s, levels=REPLAY) for s in ("offline", "online")}, REPLAY[0])
+
+
+def fig58(data):
+    figure, axes = grid(2, TASKS, "neurons per hidden layer of the student", [RETURN])
+    for ax, task in zip(axes, TASKS, strict=True):
+        for i, states in enumerate(STATES):
+            points = {width: final(data, f"{student(width, states)}?task={task}").values() for width in WIDTHS}
+            draw(ax, points, states, i)
+        horizontal(ax, final(data, f"teacher/{task}-medium#1"), "teacher")
+        ax.set_xscale("log")
+        ax.set_xticks(WIDTHS, WIDTHS)
+        ax.minorticks_off()
+    return finish(figure, NOTE.format("shaded"))
+
+
+def fig63(data):
+    """And Appendix F: the levels that were measured."""
+    found = {level: data.get(f"measure/{student(levels=(level, level))}/activations") for level in LEVELS}
+    panels = [*itertools.product(filter(found.get, LEVELS), "12", ("as they are", "sorted by stand"))]
+    if not panels:
+        return None
+    titles, ylabels = [f"{level}, layer {layer}, {order}" for level, layer, order in panels], ["mean activation"]
+    figure, axes = grid(2, titles, "neuron", ylabels * (len(panels) // 2))
+    for ax, (level, layer, order) in zip(axes, panels, strict=True):
+        rows = found[level][min(found[level])]
+        means = [np.array([r["y"] for r in rows if (r["task"], r["layer"]) == (t, layer)]) for t in TASKS]
+        neurons = np.argsort(means[0], kind="stable") if order == "sorted by stand" else np.arange(len(means[0]))
+        for i, mean in enumerate(means):
+            (line,) = ax.plot(mean[neurons], "+."[i], color=COLOURS[i], markersize=(5, 3)[i], label=TASKS[i])
+            line.seeds = {1}
+    return finish(figure, "means over the states that the student visits in the task")
+
+
+def fig64(data):
+    return by_task(data, {f"width {width}": student(width) for width in WIDTHS}, tau=True)
+
+
+def fig65(data):
+    return by_task(data, {ranking: student(regularizer=ranking) for ranking in RANKINGS}, tau=True)
+
+
+def fig69(data):
+    panels = [*itertools.product(LEVELS[:2], TASKS)]
+    figure, axes = grid(2, [f"{task}, {level}" for level, task in panels], "", [RETURN] * 2)
+    labels = "teacher", "teacher from the other task's data", "student"
+    for ax, (level, task) in zip(axes, panels, strict=True):
+        teacher, ds, oqs = f"teacher/{task}-{level}", f"ds/{level}?task={task}", f"oqs/{level}?task={task}"
+        for x, i, quantity in (
+            (0, 0, teacher), (1, 2, f"{student(levels=(level, level))}?task={task}"),
+            (3, 0, f"{ds}&policy=teacher"), (4, 2, f"{ds}&policy=student"),
+            (6, 0, teacher), (7, 1, f"{oqs}&policy=from {TASKS[task == TASKS[0]]}"), (8, 2, f"{oqs}&policy=student"),
+        ):  # fmt: skip
+            values = [*final(data, quantity).values()]
+            mean, half = interval(values) if values else (np.nan, np.nan)
+            style = {"color": COLOURS[i], "hatch": ("//", "..", "")[i], "edgecolor": "white", "capsize": 4}
+            bar = ax.bar(x, mean, 0.9, yerr=None if np.isnan(half) else half, label=labels[i], **style)
+            bar.seeds = {len(values)}
+            ax.plot([x + 0.2] * len(values), values, "ko", markersize=3, markerfacecolor="w")
+        ax.set_xlim(-0.7, 8.7)
+        ax.set_xticks([0.5, 3.5, 7], ["MOP", "DS", "OQS"])
+    return finish(figure, "circles: seeds; bars: " + NOTE.format("lines"))
+
+
+def appendixE(data):
+    panels = [
+        (f"stand {pair[0]}, walk {pair[1]}", {f"student at {t[7:]}": f"{student(levels=pair)}?task={t}" for t in TASKS},
+         {f"teacher of {t[7:]}": f"teacher/{t}-{level}#1" for t, level in zip(TASKS, pair, strict=True)})
+        for pair in itertools.product(LEVELS, LEVELS)
+    ]  # fmt: skip
+    return learning_curves(data, 3, panels)
+
+
+FIGURES = {f.__name__: f for f in (fig51, fig53, fig54, fig55, fig57, fig58, fig63, fig64, fig65, fig69, appendixE)}
+TABLES = "table61", "table62", "table63"
+
+
+def tables(scale, rows: dict, docs: Path) -> dict[str, str]:
+    """name -> Markdown of every figure (if it is there) and table, and of the summary; rows: name -> findings."""
+    made, summary = {}, [f"| {scale} scale | {' | '.join(VERDICTS)} |", "|---" * 6 + "|"]
+    for name in rows:
+        counts, image = Counter(row[-1].split(",")[0] for row in rows[name]), f"results/{scale}/{name}.png"
+        summary.append(f"| {name} | {' | '.join(str(counts[verdict]) for verdict in VERDICTS)} |")
+        lines = [f"{scale.capitalize()} scale: not run yet."]
+        if was_run(rows[name]):
+            lines = [f"{scale.capitalize()} scale:", ""]
+            lines += [f"![{name} at {scale} scale]({image})", ""] if (docs / image).is_file() else []
+            lines += ["| a against b | thesis: a .. b | ours: a | ours: b | a - b | verdict |", "|---" * 6 + "|"]
+            lines += [f"| {' | '.join(row)} |" for row in rows[name]]
+        made[name] = "\n".join(lines)
+    ran = any(map(was_run, rows.values()))
+    return made | {"summary": "\n".join(summary) if ran else f"{scale.capitalize()} scale: not run yet."}
+
+
+def fill(page: str, scale, made: dict[str, str]) -> str:
+    """The page with what stands between the markers replaced."""
+    for name, markdown in made.items():
+        start, end = f"<!-- table {scale} {name} -->\n", "\n<!-- end -->"
+        before, found, after = page.partition(start)
+        if not found or end not in after:
+            raise SystemExit(f"expected {start.strip()}, a line, {end.strip()} in the page")
+        page = f"{before}{start}{markdown}{end}{after.partition(end)[2]}"
+    return page
+
+
+@dataclass
+class Args:
+    scale: Literal["laptop", "thesis"] = "laptop"
+    """whose results"""
+    docs: Path = Path(__file__).resolve().parent.parent / "docs"
+    """folder of results.md and of results/<scale>/"""
+
+
+def main():
+    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    folder, page = args.docs / "results" / args.scale, args.docs / "results.md"
+    if not page.is_file():
+        raise SystemExit(f"expected the page {page}")
+    data = load(folder)
+    rows = {name: findings(data, name) for name in (*FIGURES, *TABLES)}
+    for name, part in FIGURES.items():
+        (folder / f"{name}.png").unlink(missing_ok=True)
+        if was_run(rows[name]) and (figure := part(data)):
+            figure.savefig(folder / f"{name}.png")
+    page.write_text(fill(page.read_text(), args.scale, tables(args.scale, rows, args.docs)))
+    print(f"{page}, {len([*folder.glob('*.png')])} figures in {folder}")
+
+
+if __name__ == "__main__":
+    main()

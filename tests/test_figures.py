@@ -1,0 +1,237 @@
+"""Figures and tables of docs/results.md: intervals, rows to the digit, and the page is what the committed CSVs make."""
+
+import csv
+import re
+import sys
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from conftest import ROOT
+from reproduce import figures
+
+MSE = "student/mse-none-256-offline-medium-medium"
+NAMES = [*figures.FIGURES, *figures.TABLES]
+
+
+def write(folder, name, columns, *rows):
+    path = folder / f"{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([columns, *(",".join(map(str, row)) for row in rows), ""]))
+
+
+def write_returns(folder, name, policy, **tasks):
+    """Two final episodes around the return, and two evaluations in training, of both tasks or one."""
+    rows = [
+        row
+        for task, value in tasks.items()
+        for row in (
+            (policy, f"walker-{task}", "training", 1000, "mean", value / 2),
+            (policy, f"walker-{task}", "training", 2000, "mean", value / 4),
+            (policy, f"walker-{task}", "final", 2000, 0, value - 30),
+            (policy, f"walker-{task}", "final", 2000, 1, value + 30),
+        )
+    ]
+    write(folder, name, figures.KINDS["returns"][0], *rows)
+
+
+def rows_of(folder, name):
+    return {row[0]: row[1:] for row in figures.findings(figures.load(folder), name)}
+
+
+@pytest.fixture
+def docs(tmp_path):
+    """Three mse students and their teachers, a q student; a docs folder with an empty page."""
+    results = tmp_path / "results" / "laptop"
+    for seed, value in ((1, 400), (2, 410), (3, 420)):
+        write_returns(results, f"{MSE}/seed{seed}", "student", stand=value, walk=value + 300)
+        for task in ("stand", "walk"):
+            write_returns(results, f"teacher/walker-{task}-medium/seed{seed}", "teacher", **{task: value + 30})
+    write_returns(results, "student/q-none-256-offline-medium-medium/seed1", "student", stand=100, walk=90)
+    (tmp_path / "results.md").write_text(
+        "".join(
+            f"by hand {name}\n<!-- table laptop {name} -->\n\n<!-- end -->\nby hand\n" for name in [*NAMES, "summary"]
+        )
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 10])
+def test_interval_is_that_of_scipy(n):
+    a, b = np.random.default_rng(n).normal(size=(2, n)) * 50 + 400
+    low, high = stats.t.interval(0.95, n - 1, loc=a.mean(), scale=stats.sem(a))
+    assert np.allclose(figures.interval(a), [(low + high) / 2, (high - low) / 2])
+    assert np.allclose(figures.interval(a, 390.0), [(low + high) / 2 - 390, (high - low) / 2])
+    found = stats.ttest_ind(a, [*b, 500.0], equal_var=False).confidence_interval(0.95)
+    mean, half = figures.interval(a, [*b, 500.0])
+    assert np.allclose([mean - half, mean + half], found)
+
+
+def test_one_seed_has_no_interval_and_equal_seeds_have_an_empty_one():
+    assert np.isnan(figures.interval([400.0])[1]) and np.isnan(figures.interval([400.0], [1.0, 2.0])[1])
+    assert figures.interval([400.0], 390.0)[0] == 10 and figures.interval([400.0, 400.0]) == (400, 0)
+
+
+def test_rows_to_the_digit(docs):
+    """t(2 degrees of freedom) = 4.3027, standard error 10 / sqrt(3)."""
+    rows = rows_of(docs / "results" / "laptop", "fig54")
+    ours, teacher = "410.0 ± 24.8 (3 seeds)", "430.0 (seed 1)"  # 20 below: 5% are 21.5
+    assert rows["walker-stand: mse against its teacher"] == ["matches", ours, teacher, "-20.0 ± 24.8", "open"]
+    ours, teacher = "710.0 ± 24.8 (3 seeds)", "430.0 (seed 1)"
+    assert rows["walker-walk: mse against its teacher"][1:] == [ours, teacher, "+280.0 ± 24.8", "as the thesis"]
+    q = ["below", "100.0 (1 seed)", "430.0 (seed 1)", "-330.0", "one seed, as the thesis"]
+    assert rows["walker-stand: q against its teacher"] == q
+    assert rows["walker-stand: kl against its teacher"] == ["falls short", "", "", "", "not run"]
+    gaussian = rows["walker-stand: Gaussian teacher against deterministic teacher"]
+    assert gaussian == ["below", "", "440.0 ± 24.8 (3 seeds)", "", "not run"]
+
+
+@pytest.mark.parametrize(
+    ("claim", "shift", "verdict"),
+    [
+        ("above", 30, "as the thesis"), ("above", 20, "open"), ("above", -30, "against the thesis"),
+        ("below", -30, "as the thesis"), ("below", 30, "against the thesis"),
+        ("matches", 10, "as the thesis"), ("matches", -10, "open"), ("matches", -50, "against the thesis"),
+        ("falls short", -50, "as the thesis"), ("falls short", -30, "open"), ("falls short", 10, "against the thesis"),
+        ("not above", -10, "as the thesis"), ("not above", 10, "open"), ("not above", 50, "against the thesis"),
+        ("equals", 20, "as the thesis"), ("equals", 30, "against the thesis"), ("figure only", 90, "-"),
+    ],
+)  # fmt: skip
+def test_verdicts(docs, claim, shift, verdict):
+    """a is 410 ± 24.84, and b a constant with 5% = 20.5 - 0.05 * shift."""
+    data = figures.load(docs / "results" / "laptop")
+    assert figures.finding(data, "", f"{MSE}?task=walker-stand", claim, str(410 - shift))[-1] == verdict
+
+
+def test_pairs_samples_and_the_better_teacher(tmp_path):
+    """Runs of one folder are compared seed by seed, others as two samples."""
+    columns, last = figures.KINDS["returns"][0], ("walker-stand", "final", 1, 0)
+    for seed, (ds, student, cross) in enumerate([(300, 310, 500), (500, 510, 100), (700, 710, 450)], start=1):
+        write(tmp_path, f"ds/medium/seed{seed}", columns, ("teacher", *last, ds), ("student", *last, student))
+        write(tmp_path, f"oqs/medium/seed{seed}", columns, ("from walker-walk", *last, cross), ("student", *last, 400))
+        write_returns(tmp_path, f"teacher/walker-stand-medium/seed{seed}", "teacher", stand=400 + seed)
+    rows = rows_of(tmp_path, "fig69")
+    assert rows["walker-stand medium: DS student against DS teacher"][3:] == ["+10.0 ± 0.0", "as the thesis"]
+    assert rows["walker-stand medium: DS teacher against MOP teacher"][3:] == ["+98.0 ± 496.8", "open"]
+    best = rows["walker-stand medium: OQS student against the better of its teachers"]  # 500, 401, 450
+    assert best[2:] == ["450.3 ± 123.0 (3 seeds)", "-50.3 ± 123.0", "open"]
+
+
+def test_tau_of_the_last_step_and_measures(tmp_path):
+    columns = figures.KINDS["tau"][0], figures.KINDS["measure"][0]
+    for seed in (1, 2):
+        for width, last in ((16, 0.2), (256, 0.5)):
+            rows = [
+                (step, task, layer, tau + layer / 10 + seed / 100, 0.1, 0.9)
+                for step, tau in ((1000, 0.9), (2000, last))
+                for task in figures.TASKS
+                for layer in (1, 2)
+            ]
+            write(tmp_path, f"student/mse-none-{width}-offline-medium-medium/seed{seed}-tau", columns[0], *rows)
+        rows = ("average tau-a", 1, 0.06 + seed / 100, ""), ("average tau-b", 1, 0.9, "")
+        write(tmp_path, f"measure/{MSE}/seed{seed}", columns[1], *rows)
+    row = rows_of(tmp_path, "fig64")["per-state tau-a, layer 1: width 16 against width 256"]
+    assert row[1:] == ["0.315 ± 0.064 (2 seeds)", "0.615 ± 0.064 (2 seeds)", "-0.300 ± 0.030", "as the thesis"]
+    row = rows_of(tmp_path, "table62")["medium MOP, layer 1 against the thesis's"]
+    assert row == ["equals", "0.075 ± 0.064 (2 seeds)", "0.067", "+0.008 ± 0.064", "as the thesis"]
+
+
+def run(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["figures.py", *map(str, args)])
+    figures.main()
+
+
+def test_figures_of_what_is_there(docs, monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", {name: figures.FIGURES[name] for name in ("fig54", "fig58")})
+    run(monkeypatch, "--docs", docs)
+    page, results = (docs / "results.md").read_text(), docs / "results" / "laptop"
+    assert [path.name for path in results.glob("*.png")] == ["fig54.png"]
+    assert (results / "fig54.png").read_bytes()[:4] == b"\x89PNG"
+    assert page.count("by hand") == 2 * 15 and page.count("not run yet.") == 4  # fig58 and the tables
+    assert "![fig54 at laptop scale](results/laptop/fig54.png)\n\n| a against b |" in page
+    assert "| fig54 | 1 | 0 | 1 | 2 | 4 |" in page
+    figure = figures.fig54(figures.load(results))
+    (legend,) = figure.legends
+    labels = [label.get_text() for label in legend.get_texts()]
+    assert labels == ["mse (3 seeds)", "q (1 seed)", "kl (0 seeds)", "teacher of mse and q"]
+    line = figure.axes[0].lines[0]
+    assert [*line.get_xdata()] == [1, 2] and [*line.get_ydata()] == [205, 102.5]  # thousands of steps, means of seeds
+
+
+@pytest.mark.parametrize("part", ["fig54", "fig58", "fig63", "fig69"])
+def test_nothing_is_drawn_of_nothing(part):
+    assert figures.FIGURES[part]({}) is None
+
+
+def test_bars_and_activations(docs):
+    results = docs / "results" / "laptop"
+    key = "measure/student/mse-none-256-offline-medium-replay-medium-replay/seed1-activations"
+    means = {"walker-stand": (0.3, 0.1, 0.2), "walker-walk": (0.6, 0.4, 0.5)}
+    write(results, key, figures.KINDS["activations"][0],
+          *((task, layer, n, means[task][n]) for task in means for layer in (1, 2) for n in range(3)))  # fmt: skip
+    data = figures.load(results)
+    stand, walk = figures.fig63(data).axes[1].lines
+    assert [*stand.get_ydata()] == [0.1, 0.2, 0.3] and [*walk.get_ydata()] == [0.4, 0.5, 0.6]
+    bars = [bar.get_height() for bar in figures.fig69(data).axes[0].patches if bar.get_height() > 0]
+    assert bars == pytest.approx([440, 410, 440])
+
+
+def test_findings_name_runs_of_the_layout():
+    """A misspelt quantity would be 'not run' for ever."""
+    level, task = "(medium|expert|medium-replay|{level})", "(walker-stand|walker-walk|{task})"
+    student = rf"student/(mse|q|kl)-(none|ndcg|pairwise|listwise)-(16|32|64|128|256|512)-\w+-{level}-{level}"
+    folder = rf"(teacher|gaussian|behavior)/{task}-{level}|(naive|frozen|ds|oqs|cross)/{level}|{student}(/tau)?"
+    folder = re.compile(rf"{folder}|measure/({student}|(ds|oqs)/{level})|[\d.]+")
+    with (ROOT / "reproduce" / "findings.csv").open(newline="") as file:
+        lines = [*csv.DictReader(file)]
+    assert {line["part"] for line in lines} == {*NAMES}
+    assert {line["claim"] for line in lines} == {*figures.CLAIMS, "equals", "figure only"}
+    for line in lines:
+        for quantity in (line["a"], *line["b"].split(" | ")):
+            name, *conditions = re.split(r"[?&]", quantity.removesuffix("#1"))
+            assert folder.fullmatch(name), quantity
+            kind = "tau" if name.endswith("/tau") else name.split("/")[0]
+            columns = figures.KINDS.get(kind, figures.KINDS["returns"])[0].split(",")
+            assert all(condition.split("=")[0] in columns for condition in conditions), quantity
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("ds/medium/seed1", "policy,task\nteacher,walker-stand\n", "expected the name"),
+        ("ds/medium/first", figures.KINDS["returns"][0] + "\nstudent,walker-walk,final,1,0,5\n", "expected the name"),
+        ("ds/medium/seed1", figures.KINDS["returns"][0] + "\n", "and rows"),
+        (
+            "measure/ds/medium/seed1",
+            figures.KINDS["measure"][0] + "\naverage tau-a,1,high,\n",
+            "line 2: expected numbers",
+        ),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, name, text, message):
+    path = tmp_path / f"{name}.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(SystemExit, match=rf"{re.escape(str(path))}.*{message}"):
+        figures.load(tmp_path)
+
+
+def test_a_page_without_its_places_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="expected the page"):
+        run(monkeypatch, "--docs", tmp_path)
+    (tmp_path / "results.md").write_text("<!-- table laptop fig51 -->\n")
+    with pytest.raises(SystemExit, match=r"<!-- table laptop fig51 -->.*<!-- end -->"):
+        run(monkeypatch, "--docs", tmp_path)
+
+
+@pytest.mark.parametrize("scale", ["laptop", "thesis"])
+def test_the_page_is_what_the_csvs_make(scale):
+    page, folder = (ROOT / "docs" / "results.md").read_text(), ROOT / "docs" / "results" / scale
+    data = figures.load(folder)
+    rows = {name: figures.findings(data, name) for name in NAMES}
+    made = figures.fill(page, scale, figures.tables(scale, rows, ROOT / "docs"))
+    assert made == page, f"run: python reproduce/figures.py --scale {scale}"
+    shown = {*re.findall(rf"\(results/{scale}/(\w+)\.png\)", page)}
+    assert shown == {path.stem for path in folder.glob("*.png")}
+    assert {name for name in figures.FIGURES if figures.was_run(rows[name])} >= shown
