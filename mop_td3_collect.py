@@ -31,6 +31,8 @@ from types import SimpleNamespace
 from typing import Literal
 
 os.environ.setdefault("MUJOCO_GL", "disable")  # nothing is rendered here
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it, until the run has a folder
 import mujoco
 import numpy as np
 import torch
@@ -52,7 +54,8 @@ DATASET |= {"next_observations": (np.float32, 2), "terminals": (bool, 1), "timeo
 DATASET |= {"physics": (np.float64, 2)}
 MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "exploration_noise", "ood_noise", "beta_in"}
 MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
-LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024, "hidden": 2**16, "teacher_hidden": 2**16}  # of flags
+LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024, "num_critics": 1024, "num_ood": 1024}  # of flags
+LIMITS |= dict.fromkeys(("hidden", "teacher_hidden", "batch_size", "teacher_batch_size", "num_envs"), 2**16)
 LAPTOP = {"hidden": 256, "batch_size": 128, "learning_rate": 3e-4, "total_timesteps": 250_000}  # --scale laptop
 
 
@@ -63,7 +66,7 @@ class Args:
     seed: int = 1  # seed of the weights, the noise, the batches and the initial states
     scale: Literal["thesis", "laptop"] = "thesis"  # defaults of the flags: the thesis's, or LAPTOP's for one CPU core
     run_dir: str | None = None  # of logs, curves and the resume point; default: runs/<script and settings>-<time>
-    resume: str | None = None  # run folder to continue; its stored arguments become the defaults
+    resume: str | None = None  # run folder to continue; its stored command line comes before this one
     eval_every: int = 10_000  # steps between evaluations and resume points; a multiple of the episode length
     eval_episodes: int = 10  # episodes per evaluation during training, always from the same initial states
     final_eval_episodes: int = 100  # episodes of the evaluation stored in the checkpoint
@@ -229,9 +232,10 @@ def main():
 
     # replay buffer: one row (s, a, r, s', physics) per step, never overwritten
     columns = [env.obs_dim, env.action_dim, 1, env.obs_dim, env.state_dim]
-    replay = torch.zeros(total, sum(columns), dtype=torch.float64, device=device)
-    need, free = 2 * replay.nbytes, shutil.disk_usage(run_dir).free + (run_dir / "resume.pt").exists() * replay.nbytes
+    need = 2 * 8 * total * sum(columns)  # an old resume point and a new one
+    free = shutil.disk_usage(run_dir).free + (run_dir / "resume.pt").exists() * need / 2
     require(free > need, f"{run_dir}: expected {need / 2**30:.1f} GiB of disk space, found {free / 2**30:.1f}")
+    replay = torch.zeros(total, sum(columns), dtype=torch.float64, device=device)
     with expecting("a resume point with all its parts", "--resume"):
         medium, replay[:start] = (point.pop("medium"), point.pop("replay")) if point else (None, replay[:0])
     filled = torch.zeros((), dtype=torch.float64, device=device)  # rows in it
@@ -298,7 +302,7 @@ def main():
             wanted, value = args.medium_return, np.mean(rows[-1][2])
             if medium is None and (now == args.medium_step if wanted is None else value >= wanted):
                 medium = {"step": now, "actor": {k: v.detach().clone() for k, v in actor.state_dict().items()}}
-            save_point(run_dir, args, now, modules, generator, [], rows, medium=medium, replay=replay[:now].clone())
+            save_point(run_dir, now, modules, generator, [], rows, medium=medium, replay=replay[:now].clone())
     progress.close()
     writer.close()
 
@@ -464,7 +468,7 @@ def load_checkpoint(path, kinds: tuple[str, ...], task: str | None = None) -> di
         assert found == SCHEMA_VERSION, f"schema version {found}, not {SCHEMA_VERSION}"
         assert checkpoint["kind"] in kinds, f"kind {checkpoint['kind']}, not {' or '.join(kinds)}"
         assert task is None or tasks == [task], f"{', '.join(tasks)}, not {task}"
-        assert all(np.isfinite(np.mean(checkpoint["returns"][t])) for t in tasks), "returns that are no finite numbers"
+        assert all(np.isfinite(sum(r := checkpoint["returns"][t]) / len(r)) for t in tasks), "returns not all finite"
     return checkpoint
 
 
@@ -492,11 +496,11 @@ def write_atomic(path, write) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def save_point(run_dir: Path, args, step: int, modules: dict, generator, tables, rows: list, **more) -> None:
+def save_point(run_dir: Path, step: int, modules: dict, generator, tables, rows: list, **more) -> None:
     """Write the run's resume point: everything that restore puts back or compares, and more; only if it is finite."""
     require(all_finite(modules), f"step {step}: weights or Adam's states are not finite; try a lower learning rate")
     state = {name: module.state_dict() for name, module in modules.items()} | more
-    state |= {"script": Path(__file__).stem, "args": vars(args), "step": step, "rows": rows}
+    state |= {"script": Path(__file__).stem, "argv": sys.argv[1:], "step": step, "rows": rows}
     state |= {"data_key": [zlib.crc32(table.cpu().numpy()) for table in tables], "generator": generator.get_state()}
     write_atomic(run_dir / "resume.pt", partial(torch.save, state))
 
@@ -514,7 +518,7 @@ def restore(point: dict | None, steps: int, modules: dict, generator, tables) ->
         return 0, []
     with expecting("a resume point that fits the arguments and the data", "--resume"):
         assert point["data_key"] == [zlib.crc32(table.cpu().numpy()) for table in tables], "one of other data"
-        assert 0 < point["step"] <= steps, f"{point['step']} steps done of {steps}"
+        assert point["step"] in range(1, steps + 1), f"{point['step']} steps done of {steps}"
         for name, module in modules.items():
             now = {k: v for k, v in module.state_dict().items() if k == "param_groups"}  # the rate of these arguments
             module.load_state_dict(point[name] | now)
@@ -522,26 +526,24 @@ def restore(point: dict | None, steps: int, modules: dict, generator, tables) ->
                 assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape, f"other shapes in {name}"
         assert all_finite(modules), "weights or Adam's states that are not finite"
         generator.set_state(point["generator"])
-        return point["step"], [[int(now), str(task), list(map(float, found))] for now, task, found in point["rows"]]
+        return int(point["step"]), [[int(now), str(task), list(map(float, v))] for now, task, v in point["rows"]]
 
 
 def parse_args(cls, laptop: dict):
-    """Command line -> (arguments, resume point or None, device); --scale and --resume give the defaults of the flags.
-    Sets torch's CPU threads (0: all cores) and precision."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a run folder, Ctrl-C just ends it
-    text = sys.modules[cls.__module__].__doc__
-    args, point, default = tyro.cli(cls, description=text), None, cls()
+    """Command line -> (arguments, resume point or None, device); --resume puts the stored command line before this one,
+    --scale gives the defaults of the flags. Sets torch's CPU threads (0: all cores) and precision."""
+    parse = partial(tyro.cli, cls, description=sys.modules[cls.__module__].__doc__)
+    args, point = parse(), None
     if args.resume is not None:
         path = Path(args.resume) / "resume.pt"
         with expecting(f"a run folder with a resume point of {Path(__file__).name}", f"--resume {args.resume}"):
             assert zipfile.ZipFile(path).testzip() is None, "damaged bytes"
             point = torch.load(path, map_location="cpu", weights_only=True)
             assert point["script"] == Path(__file__).stem, f"one of {point['script']}.py"
-            default = replace(cls(**point["args"]), resume=args.resume, run_dir=args.resume)
+            sys.argv[1:] = [*map(str, point["argv"]), "--run-dir", args.resume, *sys.argv[1:]]
+        args = parse()
     if args.scale == "laptop":
-        default = replace(default, **laptop, scale="laptop")
-    args = tyro.cli(cls, default=default, description=text)
-    if args.scale == "laptop":
+        args = parse(default=replace(cls(), **laptop, scale="laptop"))
         print("--scale laptop:", *(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in laptop))
     for name, value in vars(args).items():
         if isinstance(value, int | float):
@@ -565,11 +567,11 @@ def prepare_outputs(args, name: str | None, outputs: list[Path], inputs: list) -
         empty = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
         hint = "choose another, or continue a run that has a resume.pt with --resume"
         require(empty, f"--run-dir {run_dir}: expected an empty folder or a new one; {hint}")
-    require(run_dir not in outputs, f"--output: expected a file, found the folder of the run, {run_dir}")
-    for path in [path for path in outputs if path.exists()]:
-        require(args.resume or args.overwrite, f"{path}: exists already; pass --overwrite to replace it")
-        usable = path.is_file() and path.resolve() not in [Path(x).resolve() for x in inputs]
-        require(usable, f"{path}: expected a file that this run may write, found one of its inputs or no plain file")
+    taken = [*inputs, *(run_dir / part for part in ("", "lock", "resume.pt", "returns.csv", "tau.csv"))]
+    for path in outputs:
+        require(not path.exists() or args.resume or args.overwrite, f"{path}: exists; pass --overwrite to replace it")
+        fits = path.resolve() not in [Path(x).resolve() for x in taken] and (path.is_file() or not path.exists())
+        require(fits, f"{path}: expected a file to write, found an input, a part of {run_dir}, or no plain file")
     for folder in [*(path.parent for path in outputs), *([run_dir] if name else [])]:
         with expecting("a folder that can be made and written, and where no other run writes", folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -599,9 +601,8 @@ def log(writer: SummaryWriter, step: int, metrics: dict) -> dict:
 
 def write_returns(run_dir: Path, writer: SummaryWriter, rows: list, references: dict, new: int) -> str:
     """returns.csv of rows (step, task, episode returns); of the `new` last ones TensorBoard's means, and text."""
-    lines = ["step,task,episode,return"]
-    lines += [f"{step},{task},{e},{value:.4f}" for step, task, values in rows for e, value in enumerate(values)]
-    write_atomic(run_dir / "returns.csv", lambda file: file.write("\n".join([*lines, ""]).encode()))
+    lines = [f"{step},{task},{e},{value:.4f}\n" for step, task, values in rows for e, value in enumerate(values)]
+    write_atomic(run_dir / "returns.csv", lambda f: f.write("".join(["step,task,episode,return\n", *lines]).encode()))
     texts = [f"step {rows[-1][0]}:"]
     for step, task, values in rows[-new:]:
         writer.add_scalar(f"return/{task}", np.mean(values), step)

@@ -38,7 +38,7 @@ def run_main(monkeypatch, capsys, tmp_path):
             return end.code, str(end.code) + capsys.readouterr().err
         last = capsys.readouterr().out.strip().splitlines()[-1]
         assert last.startswith("RESULT "), last
-        return json.loads(last.removeprefix("RESULT "))
+        return json.loads(last.removeprefix("RESULT "), parse_constant=pytest.fail)
 
     return run
 

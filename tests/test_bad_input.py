@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import resource
 import subprocess
 import sys
 import zipfile
@@ -151,6 +152,8 @@ def test_teacher_of_another_observation_size(run_main, tmp_path):
         (td3, ["--task", "walker-fly"], ["walker-fly", "walker-stand, walker-walk, walker-run"]),
         (td3, ["--hidden", -1], ["--hidden", "-1"]),
         (td3, ["--batch-size", 0], ["--batch-size", "0"]),
+        (distill, ["--batch-size", 2_000_000_000], ["--batch-size", "to 65536, found 2000000000"]),
+        (pbrl, ["--num-critics", 2_000_000_000], ["--num-critics", "to 1024, found 2000000000"]),
         (td3, ["--total-timesteps", 1500], ["--total-timesteps", "multiple of 1000"]),
         (td3, ["--eval-every", 1], ["--eval-every", "multiple of 1000"]),
         (td3, ["--total-timesteps", 20000], ["--medium-step", "1000000"]),
@@ -388,10 +391,10 @@ def test_outputs_that_are_no_files_or_inputs(run_main, tmp_path):
     (tmp_path / "folder").mkdir()
     for path in ("folder", "/dev/null", tmp_path / "d.npz"):
         outcome = run_main(pbrl, *options, "--output", path, "--overwrite")
-        assert_refused(outcome, str(path), "expected a file that this run may write")
+        assert_refused(outcome, str(path), "expected a file to write")
     policy = write_teacher(tmp_path / "t.pt")
     outcome = run_main(td3, "--policy", policy, "--num-transitions", 1000, "--output", policy, "--overwrite")
-    assert_refused(outcome, "t.pt", "expected a file that this run may write")
+    assert_refused(outcome, "t.pt", "expected a file to write")
     torch.load(policy, weights_only=True)
 
 
@@ -403,9 +406,20 @@ def test_resume_points_that_do_not_fit(run_main, tmp_path):
     assert_refused(run_main(pbrl, "--resume", "run", "--gradient-steps", 3), "--resume", "4 steps done of 3")
     assert_refused(run_main(distill, "--resume", "run"), "--resume run", "one of mop_pbrl_teacher.py")
     good = torch.load(tmp_path / "run/resume.pt", weights_only=True)
-    for change_ in ({"step": -5}, {"step": "x"}, {"rows": None}, {"generator": torch.zeros(3)}, {"actor": {}}):
+    for change_ in (
+        {"step": -5},
+        {"step": "x"},
+        {"step": 2.5},
+        {"rows": None},
+        {"argv": 3},
+        {"generator": torch.zeros(3)},
+        {"actor": {}},
+    ):
         torch.save(good | change_, tmp_path / "run/resume.pt")
         assert_refused(run_main(pbrl, *resume), "--resume")
+    torch.save(good | {"argv": [*good["argv"], "--hidden", 2.5]}, tmp_path / "run/resume.pt")
+    code, text = run_main(pbrl, *resume)  # tyro's text
+    assert code == 2 and "--hidden" in text and "2.5" in text
     adam = torch.load(io.BytesIO(save_to_bytes(good)), weights_only=True)
     adam["actor_optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
     torch.save(adam, tmp_path / "run/resume.pt")
@@ -472,7 +486,7 @@ def test_only_finite_resume_points_are_written_and_read(tmp_path, monkeypatch):
     weight(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     modules, generator = {"actor": weight, "optimizer": optimizer}, torch.Generator()
-    save = lambda: pbrl.save_point(tmp_path, pbrl.Args(), 7, modules, generator, [], [])  # noqa: E731
+    save = lambda: pbrl.save_point(tmp_path, 7, modules, generator, [], [])  # noqa: E731
     save()
     good = torch.load(tmp_path / "resume.pt", weights_only=True)
     assert pbrl.restore(good, 9, modules, generator, []) == (7, [])
@@ -484,10 +498,24 @@ def test_only_finite_resume_points_are_written_and_read(tmp_path, monkeypatch):
         pbrl.restore(good | {"optimizer": optimizer.state_dict()}, 9, modules, generator, [])
 
 
-def test_the_folder_of_the_run_is_no_output(run_main, tmp_path):
+@pytest.mark.parametrize("output", ["run", "run/resume.pt", "other/../run/returns.csv"])
+def test_the_files_of_the_run_are_no_outputs(run_main, tmp_path, output):
     data = write_dataset(tmp_path / "d.npz")
-    outcome = run_main(pbrl, "--task", "walker-stand", "--data", data, "--run-dir", "x", "--output", "x")
-    assert_refused(outcome, "--output: expected a file, found the folder of the run")
+    outcome = run_main(pbrl, "--task", "walker-stand", "--data", data, "--run-dir", "run", "--output", output)
+    assert_refused(outcome, f"{output}: expected a file to write, found an input, a part of run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_huge_member_that_nobody_needs_is_not_read(tmp_path):
+    """Of 512 MB, compressed to 0.5 MB: np.load reads a member when it is asked for."""
+    path = write_dataset(tmp_path / "d.npz")
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as file, file.open("pixels.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": (2**29,)})
+        for _ in range(2**5):
+            member.write(bytes(2**24))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    distill.load_dataset(path, "walker-stand", (24, 6))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
 
 
 def test_resume_points_need_disk_space(run_main, tmp_path, monkeypatch):

@@ -323,7 +323,7 @@ def test_teachers_of_mop_are_found_and_passed_on(run_main, tmp_path):
     ]
     assert (tmp_path / "checkpoints/walker-walk-medium-teacher.pt").read_bytes() == before
     _, text = run_main(oqs, *SIZES, "--run-dir", "other")
-    assert "walker-stand-from-walker-walk-medium-teacher.pt: exists already" in text
+    assert "walker-stand-from-walker-walk-medium-teacher.pt: exists; pass --overwrite" in text
 
 
 @pytest.mark.parametrize("module", [ds, oqs])

@@ -123,9 +123,10 @@ def test_laptop_wins_over_defaults_and_flags_win_over_both(name, monkeypatch, ca
 @pytest.mark.parametrize("name", TRAINING)
 def test_resumed_arguments_win_over_defaults_and_flags_win_over_them(name, monkeypatch, tmp_path):
     steps = "total_timesteps" if name == "td3" else "gradient_steps"
-    stored = DEFAULTS[name] | LAPTOP[name] | {"scale": "laptop", "hidden": 5, steps: 44}
-    torch.save({"script": TRAINING[name].__name__, "args": stored}, tmp_path / "resume.pt")
+    argv = ["--run-dir", "elsewhere", "--scale", "laptop", *flags({"hidden": 5, steps: 44})]
+    torch.save({"script": TRAINING[name].__name__, "argv": list(map(str, argv))}, tmp_path / "resume.pt")
     found = parsed(monkeypatch, name, "--resume", tmp_path, *flags({steps: 55}))
+    stored = DEFAULTS[name] | LAPTOP[name] | {"scale": "laptop", "hidden": 5}
     assert found == stored | {"resume": str(tmp_path), "run_dir": str(tmp_path), steps: 55}
 
 
