@@ -26,7 +26,7 @@ from test_copies import flags
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BENCHMARKS = "".join(path.read_text() for path in (ROOT / "benchmark").glob("*.py"))
-OTHER_FLAGS = {"--check", "--logdir", "--no-deps"}  # of ruff, tensorboard, pip
+OTHER_FLAGS = {"--check", "--logdir", "--no-deps", "--dist"}  # of ruff, tensorboard, pip, pytest
 SHELL = re.compile(r"^```(?:bash|sh|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 RECORD = """command_not_found_handle() {{ printf '%s\\0' "$@" >> "{log}"; printf '\\n\\0' >> "{log}"; }}
 PATH=/nowhere
