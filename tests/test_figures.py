@@ -150,7 +150,7 @@ def test_figures_of_what_is_there(docs, monkeypatch):
     assert (results / "fig54.png").read_bytes()[:4] == b"\x89PNG"
     assert page.count("by hand") == 2 * 15 and page.count("not run yet.") == 4  # fig58 and the tables
     assert "![fig54 at laptop scale](results/laptop/fig54.png)\n\n| a against b |" in page
-    assert "| fig54 | 1 | 0 | 1 | 2 | 4 |" in page
+    assert "| fig54 | 1 | 0 | 1 | 4 | 6 |" in page
     figure = figures.fig54(figures.load(results))
     (legend,) = figure.legends
     labels = [label.get_text() for label in legend.get_texts()]
