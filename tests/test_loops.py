@@ -67,6 +67,7 @@ LAPTOP_PBRL = {
     "policy_noise": 0.05,
     "beta_ood_decay": 0.9997,
     "bc_coef": 1.0,
+    "matmul_precision": "medium",
 }
 LAPTOP_STUDENT = {"gradient_steps": 20_000, "learning_rate": 1e-3}
 LAPTOP_TEACHERS = {"teacher_steps": 30_000, "teacher_batch_size": 256, "teacher_learning_rate": 3e-4}
