@@ -50,9 +50,9 @@ MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "explor
 MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
 LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024, "num_critics": 1024, "num_ood": 1024}  # of flags
 LIMITS |= dict.fromkeys(("hidden", "teacher_hidden", "batch_size", "teacher_batch_size", "num_envs"), 2**16)
-LAPTOP = {"gradient_steps": 20_000, "learning_rate": 1e-3, "matmul_precision": "medium"}  # --scale laptop: student,
-LAPTOP |= {"teacher_steps": 30_000, "teacher_batch_size": 256, "num_ood": 1, "teacher_learning_rate": 3e-4, "tau": 0.02}
-LAPTOP |= {"actor_tau": 0.02, "policy_noise": 0.05, "beta_ood_decay": 0.9997, "bc_coef": 1.0}  # and teachers
+LAPTOP = {"gradient_steps": 20_000, "learning_rate": 1e-3, "matmul_precision": "medium"}  # --scale laptop; teachers:
+LAPTOP |= {"teacher_steps": 30_000, "teacher_batch_size": 256, "teacher_learning_rate": 3e-4}
+LAPTOP |= {"num_ood": 1, "tau": 0.02, "actor_tau": 0.02, "policy_noise": 0.05, "beta_ood_decay": 0.9997, "bc_coef": 1.0}
 
 
 @dataclass

@@ -52,8 +52,8 @@ MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "explor
 MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
 LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024, "num_critics": 1024, "num_ood": 1024}  # of flags
 LIMITS |= dict.fromkeys(("hidden", "teacher_hidden", "batch_size", "teacher_batch_size", "num_envs"), 2**16)
-LAPTOP = {"gradient_steps": 30_000, "batch_size": 256, "num_ood": 1, "learning_rate": 3e-4, "bc_coef": 1.0}
-LAPTOP |= {"tau": 0.02, "actor_tau": 0.02, "policy_noise": 0.05, "beta_ood_decay": 0.9997, "matmul_precision": "medium"}
+LAPTOP = {"gradient_steps": 30_000, "batch_size": 256, "learning_rate": 3e-4, "matmul_precision": "medium"}
+LAPTOP |= {"num_ood": 1, "tau": 0.02, "actor_tau": 0.02, "policy_noise": 0.05, "beta_ood_decay": 0.9997, "bc_coef": 1.0}
 
 
 @dataclass

@@ -111,7 +111,7 @@ def test_constants():
 def test_laptop_wins_over_defaults_and_flags_win_over_both(name, monkeypatch, capsys):
     assert parsed(monkeypatch, name, "--scale", "laptop") == DEFAULTS[name] | LAPTOP[name] | {"scale": "laptop"}
     assert capsys.readouterr().out.startswith("--scale laptop: --")
-    mine = {key: 3 if isinstance(value, int) else 0.25 for key, value in LAPTOP[name].items()} | {"seed": 9}
+    mine = {key: {int: 3, float: 0.25, str: "high"}[type(value)] for key, value in LAPTOP[name].items()} | {"seed": 9}
     expected = DEFAULTS[name] | mine | {"scale": "laptop"}
     for scale_first in (True, False):
         argv = ["--scale", "laptop"], flags(mine)
