@@ -1,6 +1,7 @@
 """A task that the suite does not have: the walker stands, and must not move. Every script runs on it unchanged:
 
-  python examples/walker_stand_still.py mop_td3_collect.py --task walker-stand_still --scale laptop
+  python examples/walker_stand_still.py mop_td3_collect.py --task walker-stand_still --scale laptop \
+      --medium-return 460
 
 Reward: the stand task's, times 1 at rest, 0.1 at the speed of the walk task and less above it, forwards and backwards.
 """
