@@ -291,6 +291,7 @@ def mse_loss(student, x, teacher_action) -> torch.Tensor:
 def main():
     args, point, device = parse_args(Args, LAPTOP)
     tasks, m = args.tasks, len(args.tasks)
+    require(tasks, "--tasks: expected one task or more, found none")
     envs = [make_envs(task, args.eval_episodes) for task in tasks]
     obs_dim, action_dim = envs[0][0].observation_spec()["observations"].shape[0], envs[0][0].action_spec().shape[0]
     onehot = m if args.task_encoding == "onehot" else 0
@@ -443,8 +444,10 @@ def relabel(path, data: dict, task: str) -> np.ndarray:
         if rewards.shape == data["rewards"].shape and np.isfinite(rewards).all():
             return rewards.astype(np.float32)
     rewards = compute_rewards(task, data["physics"], data["actions"])
-    with suppress(SystemExit):  # no room for it: it can be computed again
-        write_atomic(cache, lambda file: np.save(file, rewards))
+    with suppress(SystemExit, OSError):  # no room for it: it can be computed again
+        own = cache.with_suffix(f".{os.getpid()}.npy")  # another run may be writing the same one
+        write_atomic(own, lambda file: np.save(file, rewards))
+        own.replace(cache)
     return rewards
 
 
@@ -529,8 +532,7 @@ def load_dataset(path, task: str | None, sizes: tuple) -> tuple[dict, dict]:
             data[name] = array.astype(dtype, copy=False)
             finite = np.isfinite(data[name].reshape(n, -1)).all(axis=1)
             assert finite.all(), f"{name}: a NaN or infinite value, first in row {finite.argmin()}"
-        found = [data[name].shape[1] for name in ("observations", "actions", "next_observations")]
-        wanted = [*sizes, sizes[0]]
+        found, wanted = [data[k].shape[1] for k in ("observations", "actions", "next_observations")], [*sizes, sizes[0]]
         assert found == wanted, f"observations, actions and next_observations of {found} values, not {wanted}"
         assert np.abs(data["actions"]).max() <= 1, f"actions outside [-1, 1]: {np.abs(data['actions']).max():.4g}"
     return data, metadata
@@ -541,7 +543,7 @@ def load_checkpoint(path, kinds: tuple[str, ...], task: str | None = None) -> di
     with expecting("a readable checkpoint of these scripts, without pickled objects (those are refused)", path):
         assert zipfile.ZipFile(path).testzip() is None, "damaged bytes"  # torch.load does not compare check sums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found, tasks, _ = checkpoint["schema_version"], checkpoint["tasks"], checkpoint["level"]
+        found, tasks, _, _ = (checkpoint[key] for key in ("schema_version", "tasks", "level", "step"))
         assert found == SCHEMA_VERSION, f"schema version {found}, not {SCHEMA_VERSION}"
         assert checkpoint["kind"] in kinds, f"kind {checkpoint['kind']}, not {' or '.join(kinds)}"
         assert task is None or tasks == [task], f"{', '.join(tasks)}, not {task}"
@@ -600,9 +602,8 @@ def restore(point: dict | None, steps: int, modules: dict, generator, tables) ->
     with expecting("a resume point that fits the arguments and the data", "--resume"):
         assert point["data_key"] == [zlib.crc32(table.cpu().numpy()) for table in tables], "one of other data"
         assert point["step"] in range(1, steps + 1), f"{point['step']} steps done of {steps}"
-        for name, module in modules.items():
-            now = {k: v for k, v in module.state_dict().items() if k == "param_groups"}  # the rate of these arguments
-            module.load_state_dict(point[name] | now)
+        for name, module in modules.items():  # Adam with the learning rate of these arguments
+            module.load_state_dict(point[name] | {k: v for k, v in module.state_dict().items() if k == "param_groups"})
             for parameter, state in getattr(module, "state", {}).items():  # Adam's, whose shapes torch does not check
                 assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape, f"other shapes in {name}"
         assert all_finite(modules), "weights or Adam's states that are not finite"
@@ -621,7 +622,7 @@ def parse_args(cls, laptop: dict):
             assert zipfile.ZipFile(path).testzip() is None, "damaged bytes"
             point = torch.load(path, map_location="cpu", weights_only=True)
             assert point["script"] == Path(__file__).stem, f"one of {point['script']}.py"
-            sys.argv[1:] = [*map(str, point["argv"]), "--run-dir", args.resume, *sys.argv[1:]]
+            sys.argv[1:] = [*map(str, point["argv"]), *sys.argv[1:], "--run-dir", args.resume]
         args = parse()
     if args.scale == "laptop":
         args = parse(default=replace(cls(), **laptop, scale="laptop"))

@@ -229,6 +229,7 @@ def main():
     modules = {"actor": actor, "critics": critics, "target_actor": target_actor, "target_critics": target_critics}
     modules |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
     start, rows = restore(point, total, modules, generator, [])
+    require(all(row[1] == task for row in rows), f"--resume {args.resume}: expected a run of {task}, found another's")
 
     # replay buffer: one row (s, a, r, s', physics) per step, never overwritten
     columns = [env.obs_dim, env.action_dim, 1, env.obs_dim, env.state_dim]
@@ -464,7 +465,7 @@ def load_checkpoint(path, kinds: tuple[str, ...], task: str | None = None) -> di
     with expecting("a readable checkpoint of these scripts, without pickled objects (those are refused)", path):
         assert zipfile.ZipFile(path).testzip() is None, "damaged bytes"  # torch.load does not compare check sums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found, tasks, _ = checkpoint["schema_version"], checkpoint["tasks"], checkpoint["level"]
+        found, tasks, _, _ = (checkpoint[key] for key in ("schema_version", "tasks", "level", "step"))
         assert found == SCHEMA_VERSION, f"schema version {found}, not {SCHEMA_VERSION}"
         assert checkpoint["kind"] in kinds, f"kind {checkpoint['kind']}, not {' or '.join(kinds)}"
         assert task is None or tasks == [task], f"{', '.join(tasks)}, not {task}"
@@ -519,9 +520,8 @@ def restore(point: dict | None, steps: int, modules: dict, generator, tables) ->
     with expecting("a resume point that fits the arguments and the data", "--resume"):
         assert point["data_key"] == [zlib.crc32(table.cpu().numpy()) for table in tables], "one of other data"
         assert point["step"] in range(1, steps + 1), f"{point['step']} steps done of {steps}"
-        for name, module in modules.items():
-            now = {k: v for k, v in module.state_dict().items() if k == "param_groups"}  # the rate of these arguments
-            module.load_state_dict(point[name] | now)
+        for name, module in modules.items():  # Adam with the learning rate of these arguments
+            module.load_state_dict(point[name] | {k: v for k, v in module.state_dict().items() if k == "param_groups"})
             for parameter, state in getattr(module, "state", {}).items():  # Adam's, whose shapes torch does not check
                 assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape, f"other shapes in {name}"
         assert all_finite(modules), "weights or Adam's states that are not finite"
@@ -540,7 +540,7 @@ def parse_args(cls, laptop: dict):
             assert zipfile.ZipFile(path).testzip() is None, "damaged bytes"
             point = torch.load(path, map_location="cpu", weights_only=True)
             assert point["script"] == Path(__file__).stem, f"one of {point['script']}.py"
-            sys.argv[1:] = [*map(str, point["argv"]), "--run-dir", args.resume, *sys.argv[1:]]
+            sys.argv[1:] = [*map(str, point["argv"]), *sys.argv[1:], "--run-dir", args.resume]
         args = parse()
     if args.scale == "laptop":
         args = parse(default=replace(cls(), **laptop, scale="laptop"))

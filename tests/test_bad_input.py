@@ -265,6 +265,9 @@ def test_resuming_with_a_damaged_replay_buffer_is_refused(run_main, tmp_path):
         torch.save(point | {"replay": replay}, tmp_path / "run/resume.pt")
         outcome = run_main(td3, "--resume", "run", "--total-timesteps", 2000)
         assert_refused(outcome, "--resume", "expected a resume point with all its parts")
+    torch.save(point, tmp_path / "run/resume.pt")
+    outcome = run_main(td3, "--resume", "run", "--total-timesteps", 2000, "--task", "walker-walk")
+    assert_refused(outcome, "--resume run", "expected a run of walker-walk")
 
 
 def test_as_a_user_sees_it(tmp_path):
@@ -405,6 +408,10 @@ def test_resume_points_that_do_not_fit(run_main, tmp_path):
     assert_refused(run_main(pbrl, *resume, "--data", other), "--resume", "other data")
     assert_refused(run_main(pbrl, "--resume", "run", "--gradient-steps", 3), "--resume", "4 steps done of 3")
     assert_refused(run_main(distill, "--resume", "run"), "--resume run", "one of mop_pbrl_teacher.py")
+    (tmp_path / "b").mkdir()
+    write_bytes(tmp_path / "b/resume.pt", b"of another run")  # a run goes on in its own folder, whatever is said
+    assert run_main(pbrl, "--resume", "run", "--run-dir", "b", "--gradient-steps", 5)["run_dir"] == "run"
+    assert (tmp_path / "b/resume.pt").read_bytes() == b"of another run" and len([*(tmp_path / "b").iterdir()]) == 1
     good = torch.load(tmp_path / "run/resume.pt", weights_only=True)
     for change_ in (
         {"step": -5},
@@ -457,12 +464,24 @@ def test_weights_that_give_no_finite_actions_are_refused(run_main, tmp_path):
     assert not (tmp_path / "out.npz").exists()
 
 
-def test_checkpoints_without_level_or_with_odd_bounds(run_main, tmp_path):
-    path = write_teacher(tmp_path / "t.pt")
-    checkpoint = torch.load(path, weights_only=True)
-    del checkpoint["level"]
-    torch.save(checkpoint, path)
-    assert_refused(run_main(td3, "--policy", path, "--output", "out.npz"), "t.pt", "level")
+@pytest.mark.parametrize("module", [distill, ds, oqs])
+def test_no_task(run_main, module):
+    assert_refused(run_main(module, "--tasks"), "--tasks", "expected one task or more")
+
+
+def test_shift_of_values_beyond_a_million(run_main, tmp_path):
+    huge = write_dataset(tmp_path / "huge.npz", arrays=change(observations=np.full((200, 24), 3e38, np.float32)))
+    good = write_dataset(tmp_path / "good.npz")
+    assert_refused(run_main(measure, "--shift", good, huge), "huge.npz", "beyond a million")
+
+
+def test_checkpoints_without_level_or_step_or_with_odd_bounds(run_main, tmp_path):
+    for key in ("level", "step"):
+        path = write_teacher(tmp_path / "t.pt")
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint[key]
+        torch.save(checkpoint, path)
+        assert_refused(run_main(td3, "--policy", path, "--output", "out.npz"), "t.pt", key)
     path = write_teacher(tmp_path / "g.pt", log_std=5.0)
     options = ["--tasks", "walker-stand", "--data", write_dataset(tmp_path / "d.npz"), "--loss", "kl"]
     assert_refused(run_main(distill, *options, "--teachers", path), "g.pt", "expected weights and sizes that fit")

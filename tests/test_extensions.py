@@ -1,5 +1,6 @@
 """Data sharing and the offline Q-switch: relabelled rewards, worlds where the right answer is known, resuming."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -68,9 +69,11 @@ def test_relabelling_happens_once_per_content(tmp_path, monkeypatch):
     path = write_dataset(tmp_path / "d.npz", arrays=arrays)
     compute = ds.compute_rewards
     monkeypatch.setattr(ds, "compute_rewards", lambda *a: (calls.append(a[0]), compute(*a))[1])
+    written, write = [], ds.write_atomic
+    monkeypatch.setattr(ds, "write_atomic", lambda path, f: (written.append(path), write(path, f)))
     first = ds.relabel(path, arrays, "walker-walk")
     (cache,) = tmp_path.glob("*.npy")
-    assert cache.name.startswith("d.walker-walk-")
+    assert cache.name.startswith("d.walker-walk-") and str(os.getpid()) in written[0].name  # no other run's file
     again = ds.relabel(path, arrays, "walker-walk")
     assert np.array_equal(first, again) and calls == ["walker-walk"]
     ds.relabel(path, arrays, "walker-run")  # another task
