@@ -28,7 +28,6 @@ import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -49,9 +48,8 @@ from tqdm import tqdm
 SCHEMA_VERSION = 1  # of datasets and checkpoints
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; training and collection stay below
 VERSIONS = {module.__name__: str(module.__version__) for module in (np, torch, mujoco)}
-DATASET = {"observations": (np.float32, 2), "actions": (np.float32, 2), "rewards": (np.float32, 1)}  # type, dimensions
-DATASET |= {"next_observations": (np.float32, 2), "terminals": (bool, 1), "timeouts": (bool, 1)}
-DATASET |= {"physics": (np.float64, 2)}
+DATASET = {"observations": ("f4", 2), "actions": ("f4", 2), "rewards": ("f4", 1), "next_observations": ("f4", 2)}
+DATASET |= {"terminals": ("bool", 1), "timeouts": ("bool", 1), "physics": ("f8", 2)}  # numpy type, dimensions
 MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "exploration_noise", "ood_noise", "beta_in"}
 MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
 LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024, "num_critics": 1024, "num_ood": 1024}  # of flags
@@ -112,7 +110,7 @@ class Critics(nn.Module):
 
     def __init__(self, k: int, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        for j, (n_in, n_out) in enumerate(pairwise([obs_dim + action_dim, hidden, hidden, 1]), start=1):
+        for j, (n_in, n_out) in enumerate([(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)], start=1):
             layers = [nn.Linear(n_in, n_out) for _ in range(k)]  # for torch's default initialisation
             self.register_parameter(f"w{j}", nn.Parameter(torch.stack([x.weight.detach().T for x in layers])))
             self.register_parameter(f"b{j}", nn.Parameter(torch.stack([x.bias.detach()[None] for x in layers])))
@@ -230,7 +228,7 @@ def layer_taus(student: Actor, obs: torch.Tensor, i: int, m: int, onehot: int) -
 def main():
     args, point, device = parse_args(Args, LAPTOP)
     torch.set_flush_denormal(args.regularizer == "pairwise")  # its sigmoids underflow, and such numbers are slow
-    tasks, m = args.tasks, len(args.tasks)
+    tasks, m, total = args.tasks, len(args.tasks), args.gradient_steps
     require(tasks, "--tasks: expected one task or more, found none")
     envs = [make_envs(task, args.eval_episodes) for task in tasks]
     obs_dim, action_dim = envs[0][0].observation_spec()["observations"].shape[0], envs[0][0].action_spec().shape[0]
@@ -248,7 +246,7 @@ def main():
     student = Actor(in_dim, action_dim if bounds is None else 2 * action_dim, args.hidden).to(device)
     optimizer = torch.optim.Adam(student.parameters(), lr=args.learning_rate, fused=True, capturable=True)
     modules = {"student": student, "optimizer": optimizer}
-    start, rows = restore(point, args.gradient_steps, modules, generator, [table])
+    start, rows = restore(point, total, modules, generator, [table])
     with expecting("a resume point with all its parts", "--resume"):
         tau_rows = [[int(n), str(t), int(j), *map(float, v)] for n, t, j, *v in point["tau_rows"]] if point else []
     ranking_loss = {"ndcg": ndcg_loss, "pairwise": pairwise_loss, "listwise": listwise_loss}.get(args.regularizer)
@@ -288,15 +286,13 @@ def main():
     updates = in_cuda_graph(update, args.cuda_graph, generator)
     writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
     writer.add_text("hyperparameters", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
-    progress = tqdm(total=args.gradient_steps, initial=start, desc="distill", unit="step", disable=None)
+    progress = tqdm(range(start + 1, total + 1), total=total, initial=start, desc="distill", unit="step", disable=None)
     clock = time.time()
-    for step in range(start, args.gradient_steps):
+    for now in progress:
         metrics = updates()
 
         # log, evaluate, save
-        progress.update()
-        now = step + 1
-        at_evaluation = now % args.eval_every == 0 or now == args.gradient_steps
+        at_evaluation = now % args.eval_every == 0 or now == total
         if now % 1000 == 0 or at_evaluation:
             log(writer, now, metrics | {"speed/steps_per_second": (now - start) / (time.time() - clock)})
         if at_evaluation:
@@ -310,7 +306,6 @@ def main():
             text = write_returns(run_dir, writer, rows, references, m) + write_taus(run_dir, writer, tau_rows, now)
             progress.write(f"{text}; loss {metrics['loss/total'].item():.2g}")
             save_point(run_dir, now, modules, generator, [table], rows, tau_rows=tau_rows)
-    progress.close()
     writer.close()
 
     # final evaluation, checkpoint

@@ -25,7 +25,7 @@ import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -44,9 +44,8 @@ from tqdm import tqdm
 SCHEMA_VERSION = 1  # of datasets and checkpoints
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; training and collection stay below
 VERSIONS = {module.__name__: str(module.__version__) for module in (np, torch, mujoco)}
-DATASET = {"observations": (np.float32, 2), "actions": (np.float32, 2), "rewards": (np.float32, 1)}  # type, dimensions
-DATASET |= {"next_observations": (np.float32, 2), "terminals": (bool, 1), "timeouts": (bool, 1)}
-DATASET |= {"physics": (np.float64, 2)}
+DATASET = {"observations": ("f4", 2), "actions": ("f4", 2), "rewards": ("f4", 1), "next_observations": ("f4", 2)}
+DATASET |= {"terminals": ("bool", 1), "timeouts": ("bool", 1), "physics": ("f8", 2)}  # numpy type, dimensions
 MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "exploration_noise", "ood_noise", "beta_in"}
 MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
 LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024, "num_critics": 1024, "num_ood": 1024}  # of flags
@@ -124,7 +123,7 @@ class Critics(nn.Module):
 
     def __init__(self, k: int, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        for j, (n_in, n_out) in enumerate(pairwise([obs_dim + action_dim, hidden, hidden, 1]), start=1):
+        for j, (n_in, n_out) in enumerate([(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)], start=1):
             layers = [nn.Linear(n_in, n_out) for _ in range(k)]  # for torch's default initialisation
             self.register_parameter(f"w{j}", nn.Parameter(torch.stack([x.weight.detach().T for x in layers])))
             self.register_parameter(f"b{j}", nn.Parameter(torch.stack([x.bias.detach()[None] for x in layers])))
@@ -212,7 +211,7 @@ def train_teacher(label, seed: int, transitions, envs, args, device, point, outp
     """
     torch.manual_seed(seed)
     generator = torch.Generator(device).manual_seed(seed)
-    run_dir, writer, rows, number = output
+    (run_dir, writer, rows, number), total = output, args.teacher_steps
     obs_dim, action_dim = envs[0].observation_spec()["observations"].shape[0], envs[0].action_spec().shape[0]
     columns, sizes = [obs_dim, action_dim, 1, obs_dim, 1], (obs_dim, action_dim, args.teacher_hidden)
     actor, target_actor = (Actor(*sizes).to(device) for _ in range(2))
@@ -223,7 +222,7 @@ def train_teacher(label, seed: int, transitions, envs, args, device, point, outp
     target_critics.load_state_dict(critics.state_dict())
     modules = {"actor": actor, "critics": critics, "target_actor": target_actor, "target_critics": target_critics}
     modules |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
-    start, _ = restore(point, args.teacher_steps, modules, generator, [transitions])
+    start, _ = restore(point, total, modules, generator, [transitions])
     count = torch.tensor(float(start), dtype=torch.float64, device=device)  # the step, where a CUDA graph can read it
 
     def update(with_actor: bool) -> dict:
@@ -258,14 +257,13 @@ def train_teacher(label, seed: int, transitions, envs, args, device, point, outp
         return {**metrics, "beta_ood": beta_ood}
 
     updates = {flag: in_cuda_graph(partial(update, flag), args.cuda_graph, generator) for flag in (False, True)}
-    progress = tqdm(total=args.teacher_steps, initial=start, desc=label, unit="step", disable=None)
-    for step in range(start, args.teacher_steps):
+    progress = tqdm(range(start, total), total=total, initial=start, desc=label, unit="step", disable=None)
+    for step in progress:
         metrics = updates[step % args.policy_frequency == 0]()
 
         # log, evaluate, save
-        progress.update()
         now = step + 1
-        at_evaluation = now % args.eval_every == 0 or now == args.teacher_steps
+        at_evaluation = now % args.eval_every == 0 or now == total
         if now % 1000 == 0 or at_evaluation:
             values = log(writer, now, {f"{label}/{name}": value for name, value in metrics.items()})
         if at_evaluation:
@@ -273,7 +271,6 @@ def train_teacher(label, seed: int, transitions, envs, args, device, point, outp
             texts = (f"{name.split('/', 1)[1]} {value:.3g}" for name, value in values.items())
             progress.write(f"{write_returns(run_dir, writer, rows, {}, 1)}; {', '.join(texts)}")
             save_point(run_dir, now, modules, generator, [transitions], rows, phase=number)
-    progress.close()
     return actor.requires_grad_(False), critics.requires_grad_(False)
 
 
@@ -307,7 +304,7 @@ def q_switch(teachers, obs: torch.Tensor, rows: int = 65_536) -> tuple[torch.Ten
 
 def main():
     args, point, device = parse_args(Args, LAPTOP)
-    tasks, m = args.tasks, len(args.tasks)
+    tasks, m, total = args.tasks, len(args.tasks), args.gradient_steps
     require(tasks, "--tasks: expected one task or more, found none")
     envs = [make_envs(task, args.eval_episodes) for task in tasks]
     obs_dim, action_dim = envs[0][0].observation_spec()["observations"].shape[0], envs[0][0].action_spec().shape[0]
@@ -365,7 +362,7 @@ def main():
     student = Actor(in_dim, action_dim, args.hidden).to(device)
     optimizer = torch.optim.Adam(student.parameters(), lr=args.learning_rate, fused=True, capturable=True)
     modules = {"student": student, "optimizer": optimizer}
-    start, _ = restore(point if phase == len(jobs) else None, args.gradient_steps, modules, generator, [table])
+    start, _ = restore(point if phase == len(jobs) else None, total, modules, generator, [table])
 
     def update() -> dict:
         # sample a batch of every task, all from the union
@@ -384,14 +381,12 @@ def main():
 
     updates = in_cuda_graph(update, args.cuda_graph, generator)
     policies = [partial(lambda i, x: student(add_task(x, i, onehot)), i) for i in range(m)]
-    progress = tqdm(total=args.gradient_steps, initial=start, desc="student", unit="step", disable=None)
-    for step in range(start, args.gradient_steps):
+    progress = tqdm(range(start + 1, total + 1), total=total, initial=start, desc="student", unit="step", disable=None)
+    for now in progress:
         metrics = updates()
 
         # log, evaluate, save
-        progress.update()
-        now = step + 1
-        at_evaluation = now % args.eval_every == 0 or now == args.gradient_steps
+        at_evaluation = now % args.eval_every == 0 or now == total
         if now % 1000 == 0 or at_evaluation:
             values = log(writer, now, metrics)
         if at_evaluation:
@@ -399,7 +394,6 @@ def main():
             text = write_returns(run_dir, writer, rows, references, m)
             progress.write(f"{text}; {', '.join(f'{name} {value:.3g}' for name, value in values.items())}")
             save_point(run_dir, now, modules, generator, [table], rows, phase=len(jobs))
-    progress.close()
     writer.close()
 
     # final evaluation, checkpoint

@@ -25,7 +25,6 @@ import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -45,9 +44,8 @@ SCHEMA_VERSION = 1  # of datasets and checkpoints
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; training and collection stay below
 LOG_STD = {"deterministic": None, "gaussian": (-5.0, 0.0), "gaussian-tanh": (-1.0, 1.0)}  # bounds
 VERSIONS = {module.__name__: str(module.__version__) for module in (np, torch, mujoco)}
-DATASET = {"observations": (np.float32, 2), "actions": (np.float32, 2), "rewards": (np.float32, 1)}  # type, dimensions
-DATASET |= {"next_observations": (np.float32, 2), "terminals": (bool, 1), "timeouts": (bool, 1)}
-DATASET |= {"physics": (np.float64, 2)}
+DATASET = {"observations": ("f4", 2), "actions": ("f4", 2), "rewards": ("f4", 1), "next_observations": ("f4", 2)}
+DATASET |= {"terminals": ("bool", 1), "timeouts": ("bool", 1), "physics": ("f8", 2)}  # numpy type, dimensions
 MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "exploration_noise", "ood_noise", "beta_in"}
 MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
 LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024, "num_critics": 1024, "num_ood": 1024}  # of flags
@@ -120,7 +118,7 @@ class Critics(nn.Module):
 
     def __init__(self, k: int, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        for j, (n_in, n_out) in enumerate(pairwise([obs_dim + action_dim, hidden, hidden, 1]), start=1):
+        for j, (n_in, n_out) in enumerate([(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)], start=1):
             layers = [nn.Linear(n_in, n_out) for _ in range(k)]  # for torch's default initialisation
             self.register_parameter(f"w{j}", nn.Parameter(torch.stack([x.weight.detach().T for x in layers])))
             self.register_parameter(f"b{j}", nn.Parameter(torch.stack([x.bias.detach()[None] for x in layers])))
@@ -224,7 +222,7 @@ def main():
     run_dir = prepare_outputs(args, f"{output.stem}-seed{args.seed}", [output], inputs)
 
     # networks
-    name = "+".join(tasks)
+    name, total = "+".join(tasks), args.gradient_steps
     seed = args.seed if args.common_seed else zlib.crc32(f"{args.seed} teacher {name} from {name}".encode())
     torch.manual_seed(seed)
     generator = torch.Generator(device).manual_seed(seed)
@@ -242,7 +240,7 @@ def main():
         target_critics[i].load_state_dict(critics[i].state_dict())
         parts = {"critics": critics[i], "target_critics": target_critics[i], "critic_optimizer": critic_optimizers[i]}
         modules |= {f"{name}_{i}" if naive else name: part for name, part in parts.items()}
-    start, rows = restore(point, args.gradient_steps, modules, generator, tables)
+    start, rows = restore(point, total, modules, generator, tables)
     count = torch.tensor(float(start), dtype=torch.float64, device=device)  # the step, where a CUDA graph can read it
 
     def update(with_actor: bool) -> dict:
@@ -285,15 +283,14 @@ def main():
     policies = [actor if i is None else partial(lambda i, obs: actor(add_task(obs, i)), i) for i in ids]
     writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
     writer.add_text("hyperparameters", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
-    progress = tqdm(total=args.gradient_steps, initial=start, desc=output.stem, unit="step", disable=None)
+    progress = tqdm(range(start, total), total=total, initial=start, desc=output.stem, unit="step", disable=None)
     clock = time.time()
-    for step in range(start, args.gradient_steps):
+    for step in progress:
         metrics = updates[step % args.policy_frequency == 0]()
 
         # log, evaluate, save
-        progress.update()
         now = step + 1
-        at_evaluation = now % args.eval_every == 0 or now == args.gradient_steps
+        at_evaluation = now % args.eval_every == 0 or now == total
         if now % 1000 == 0 or at_evaluation:
             speed = {"speed/steps_per_second": (now - start) / (time.time() - clock)}
             values = log(writer, now, metrics | speed)
@@ -302,7 +299,6 @@ def main():
             text = write_returns(run_dir, writer, rows, references, len(tasks))
             progress.write(f"{text}; {', '.join(f'{name} {value:.3g}' for name, value in values.items())}")
             save_point(run_dir, now, modules, generator, tables, rows)
-    progress.close()
     writer.close()
 
     # final evaluation, checkpoint

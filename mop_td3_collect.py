@@ -23,9 +23,9 @@ import time
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -49,9 +49,8 @@ EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; traini
 WALKER = ("walker-stand", "walker-walk", "walker-run")  # simulated in mujoco.batch
 PLAIN_ONE_IN = {"online": 1, "noise": 10, "random90": 10, "random99": 100}  # episodes of a mix by the plain policy
 VERSIONS = {module.__name__: str(module.__version__) for module in (np, torch, mujoco)}
-DATASET = {"observations": (np.float32, 2), "actions": (np.float32, 2), "rewards": (np.float32, 1)}  # type, dimensions
-DATASET |= {"next_observations": (np.float32, 2), "terminals": (bool, 1), "timeouts": (bool, 1)}
-DATASET |= {"physics": (np.float64, 2)}
+DATASET = {"observations": ("f4", 2), "actions": ("f4", 2), "rewards": ("f4", 1), "next_observations": ("f4", 2)}
+DATASET |= {"terminals": ("bool", 1), "timeouts": ("bool", 1), "physics": ("f8", 2)}  # numpy type, dimensions
 MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "exploration_noise", "ood_noise", "beta_in"}
 MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
 LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024, "num_critics": 1024, "num_ood": 1024}  # of flags
@@ -120,7 +119,7 @@ class Critics(nn.Module):
 
     def __init__(self, k: int, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        for j, (n_in, n_out) in enumerate(pairwise([obs_dim + action_dim, hidden, hidden, 1]), start=1):
+        for j, (n_in, n_out) in enumerate([(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)], start=1):
             layers = [nn.Linear(n_in, n_out) for _ in range(k)]  # for torch's default initialisation
             self.register_parameter(f"w{j}", nn.Parameter(torch.stack([x.weight.detach().T for x in layers])))
             self.register_parameter(f"b{j}", nn.Parameter(torch.stack([x.bias.detach()[None] for x in layers])))
@@ -219,9 +218,7 @@ def main():
     generator = torch.Generator(device).manual_seed(seed)
     sizes = env.obs_dim, env.action_dim, args.hidden
     actor, critics = Actor(*sizes, True).to(device), Critics(2, *sizes).to(device)
-    target_actor, target_critics = Actor(*sizes, True).to(device), Critics(2, *sizes).to(device)
-    target_actor.load_state_dict(actor.state_dict())
-    target_critics.load_state_dict(critics.state_dict())
+    target_actor, target_critics = deepcopy(actor), deepcopy(critics)
     adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=True)
     actor_optimizer, critic_optimizer = adam(actor.parameters()), adam(critics.parameters())
     online = [*actor.parameters(), *critics.parameters()]
@@ -265,9 +262,9 @@ def main():
     writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
     writer.add_text("hyperparameters", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
     eval_env = LockstepEnv(task, args.eval_episodes, args.threads)
-    progress = tqdm(total=total, initial=start, desc=task, unit="step", disable=None)
+    progress = tqdm(range(start, total), total=total, initial=start, desc=task, unit="step", disable=None)
     clock, metrics = time.time(), {}
-    for step in range(start, total):
+    for step in progress:
         if step % length == 0:
             obs = env.reset([zlib.crc32(f"{args.seed} {task} {step // length}".encode()) % EVAL_SEED])
             episode_return = 0.0
@@ -292,7 +289,6 @@ def main():
         obs, episode_return = next_obs, episode_return + reward[0]
 
         # log, evaluate, save
-        progress.update()
         now = step + 1
         if now % length == 0:
             speed = {"speed/steps_per_second": (now - start) / (time.time() - clock)}
@@ -304,7 +300,6 @@ def main():
             if medium is None and (now == args.medium_step if wanted is None else value >= wanted):
                 medium = {"step": now, "actor": {k: v.detach().clone() for k, v in actor.state_dict().items()}}
             save_point(run_dir, now, modules, generator, [], rows, medium=medium, replay=replay[:now].clone())
-    progress.close()
     writer.close()
 
     # final evaluation, checkpoints, datasets

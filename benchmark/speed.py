@@ -163,24 +163,20 @@ class Clock:
 
     steps, on_round, device = 1, None, "cpu"
 
-    def __init__(self, *args, **kwargs):
-        self.count, self.start = 0, time.perf_counter()
+    def __init__(self, loop, **kwargs):
+        self.loop = loop
 
-    def update(self, n=1):
-        self.count += n
-        if self.count % Clock.steps == 0:
-            if Clock.device == "cuda":
-                torch.cuda.synchronize()
-            Clock.on_round((time.perf_counter() - self.start) / Clock.steps)
-            self.start = time.perf_counter()  # what on_round did is not the loop's
-
-    def close(self):
-        pass
+    def __iter__(self):
+        start = time.perf_counter()
+        for count, step in enumerate(self.loop, start=1):
+            yield step
+            if count % Clock.steps == 0:
+                if Clock.device == "cuda":
+                    torch.cuda.synchronize()
+                Clock.on_round((time.perf_counter() - start) / Clock.steps)
+                start = time.perf_counter()  # what on_round did is not the loop's
 
     def write(self, *args):
-        pass
-
-    def set_postfix(self, *args):
         pass
 
 

@@ -33,9 +33,9 @@ EXCEPTIONS = {
 SIMULATING = {"mop_td3_collect", "mop_measure"}  # in mujoco.batch; they also load behaviours, which have a LayerNorm
 IN_TWO_FORMS = {"Actor", "Critics", "evaluate"}  # one text in SIMULATING, one in the others
 LINES = {  # above the line that ends the method, in all
-    "mop_td3_collect": (380, 640),
+    "mop_td3_collect": (380, 635),
     "mop_pbrl_teacher": (380, 620),
-    "mop_distill": (380, 645),
+    "mop_distill": (380, 640),
     "mop_ds": (480, 750),
     "mop_oqs": (480, 750),
     "mop_measure": (480, 680),
