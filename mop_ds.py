@@ -642,17 +642,17 @@ def prepare_outputs(args, name: str | None, outputs: list[Path], inputs: list) -
         empty = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
         hint = "choose another, or continue a run that has a resume.pt with --resume"
         require(empty, f"--run-dir {run_dir}: expected an empty folder or a new one; {hint}")
-    taken = [*inputs, *(run_dir / part for part in ("", "lock", "resume.pt", "returns.csv", "tau.csv"))]
+    taken = [*inputs, *(run_dir / part for part in ("", ".lock", "resume.pt", "returns.csv", "tau.csv"))]
     for path in outputs:
         require(not path.exists() or args.resume or args.overwrite, f"{path}: exists; pass --overwrite to replace it")
         fits = path.resolve() not in [Path(x).resolve() for x in taken] and (path.is_file() or not path.exists())
         require(fits, f"{path}: expected a file to write, found an input, a part of {run_dir}, or no plain file")
-    for folder in [*(path.parent for path in outputs), *([run_dir] if name else [])]:
-        with expecting("a folder that can be made and written, and where no other run writes", folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            assert os.access(folder, os.W_OK), "no permission"
-            if folder == run_dir:  # locked until the process ends
-                fcntl.lockf(os.open(run_dir / "lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for path in [*outputs, *([run_dir / "resume.pt"] if name else [])]:
+        with expecting("a folder that can be made and written, and no other run that will write this file", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            assert os.access(path.parent, os.W_OK), "no permission"
+            lock = os.open(path.parent / ".lock", os.O_CREAT | os.O_RDWR)  # a byte per file, till the process ends
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, zlib.crc32(path.name.encode()))
 
     def stop(number, frame):
         hint = f"; continue with --resume {run_dir}" if (run_dir / "resume.pt").exists() else ", without a resume point"

@@ -159,16 +159,23 @@ def test_killed_and_resumed_ends_with_the_same_weights(chain, tmp_path, name):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_by_a_signal(chain, tmp_path, number, code):
-    """One line that says how to go on; meanwhile no second run may write to the folder."""
+    """One line that says how to go on; meanwhile no second run may write to the folder or the output file."""
     for name in ("data", "checkpoints"):
         (tmp_path / name).symlink_to(chain[0] / name)
     command = [sys.executable, ROOT / "mop_distill.py", *DISTILL, "--gradient-steps", 10**6, "--run-dir", "run"]
+    command += ["--output", "student.pt"]
     process = subprocess.Popen([str(c) for c in command], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "run/resume.pt").is_file() and process.poll() is None:
         time.sleep(0.02)
-    second = script("mop_distill", "--resume", "run", cwd=tmp_path)
-    assert second.returncode == 1 and len(second.stderr.splitlines()) == 1, second.stderr
-    assert "run: expected a folder that can be made and written, and where no other run writes" in second.stderr
+    again = "--run-dir", "other", "--output"
+    for flags, path in (
+        (("--resume", "run", "--output", "x.pt"), "run/resume.pt"),
+        ((*DISTILL, *again, "student.pt"), "student.pt"),
+    ):
+        second = script("mop_distill", *flags, cwd=tmp_path)
+        assert second.returncode == 1 and len(second.stderr.splitlines()) == 1, second.stderr
+        assert f"{path}: expected a folder that can be made and written, and no other run" in second.stderr
+    result(script("mop_distill", *DISTILL, "--gradient-steps", 1, *again, "other.pt", cwd=tmp_path))
     process.send_signal(number)
     assert process.communicate()[1] == "mop_distill.py: stopped; continue with --resume run\n"
     assert process.returncode == code and not list(tmp_path.rglob("*.tmp"))
