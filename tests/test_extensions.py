@@ -163,7 +163,7 @@ def test_q_switch_prefers_the_teacher_from_the_other_tasks_data(run_main, line, 
             assert sum(result["switch"][task][source].values()) == pytest.approx(1, abs=1e-3)
     checkpoint = torch.load(tmp_path / result["files"][0], weights_only=True)
     assert checkpoint["switch"] == result["switch"]
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+    assert {path.name for path in (tmp_path / "checkpoints").glob("*.pt")} == {
         f"line-{i}-from-line-{j}-medium-teacher.pt" for i in ("right", "left") for j in ("right", "left")
     }
 
@@ -280,7 +280,7 @@ def write_data(folder):
 
 
 def weights(folder):
-    paths = sorted((folder / "checkpoints").iterdir()) + [folder / "run/student.pt"]
+    paths = sorted((folder / "checkpoints").glob("*.pt")) + [folder / "run/student.pt"]
     return {f"{path.name} {k}": v for path in paths for k, v in torch.load(path, weights_only=True)["actor"].items()}
 
 

@@ -171,4 +171,4 @@ def test_sizes_that_cannot_hold_a_mix_are_refused(tmp_path, run_main, mix, n, le
     policy = write_teacher(tmp_path / "p.pt")
     code, text = run_main(td3, "--policy", policy, "--mix", mix, "--num-transitions", n)
     assert code and "--num-transitions" in text and f"multiple of {least}" in text and str(n) in text
-    assert not list((tmp_path / "data").iterdir())
+    assert not list((tmp_path / "data").glob("*.npz"))
