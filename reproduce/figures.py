@@ -182,7 +182,8 @@ def draw(ax, points: dict, label, i):
 
 def horizontal(ax, value, label, i=0):
     if value is not None:
-        ax.axhline(value, color=("0", "0.5")[i], linestyle=((0, (1, 1.5)), "-.")[i], linewidth=1.3, label=label)
+        linestyle = ((0, (1, 1.5)), "-.", "--")[i]
+        ax.axhline(value, color=("0", "0.5", "0.7")[i], linestyle=linestyle, linewidth=1.3, label=label)
 
 
 def finish(figure, note):
@@ -251,8 +252,10 @@ def fig53(data):
 
 
 def fig54(data):
+    lines = {loss: student(loss=loss) for loss in ("mse", "q", "kl")}
+    lines["kl, std bounded as published"] = student(loss="kl", states="offline_tanh")
     teachers = {"teacher of mse and q": "teacher", "Gaussian teacher, of kl": "gaussian"}
-    return by_task(data, {loss: student(loss=loss) for loss in ("mse", "q", "kl")}, teachers=teachers)
+    return by_task(data, lines, teachers=teachers | {"Gaussian teacher, std bounded": "gaussian-tanh"})
 
 
 def fig55(data):

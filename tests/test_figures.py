@@ -150,11 +150,12 @@ def test_figures_of_what_is_there(docs, monkeypatch):
     assert (results / "fig54.png").read_bytes()[:4] == b"\x89PNG"
     assert page.count("by hand") == 2 * 15 and page.count("not run yet.") == 4  # fig58 and the tables
     assert "![fig54 at laptop scale](results/laptop/fig54.png)\n\n| a against b |" in page
-    assert "| fig54 | 1 | 0 | 1 | 4 | 6 |" in page
+    assert "| fig54 | 1 | 0 | 1 | 4 | 10 |" in page
     figure = figures.fig54(figures.load(results))
     (legend,) = figure.legends
     labels = [label.get_text() for label in legend.get_texts()]
-    assert labels == ["mse (3 seeds)", "q (1 seed)", "kl (0 seeds)", "teacher of mse and q"]
+    none = ["kl (0 seeds)", "kl, std bounded as published (0 seeds)"]
+    assert labels == ["mse (3 seeds)", "q (1 seed)", *none, "teacher of mse and q"]
     line = figure.axes[0].lines[0]
     assert [*line.get_xdata()] == [1, 2] and [*line.get_ydata()] == [205, 102.5]  # thousands of steps, means of seeds
 
@@ -181,8 +182,8 @@ def test_findings_name_runs_of_the_layout():
     """A misspelt quantity would be 'not run' for ever."""
     level, task = "(medium|expert|medium-replay|{level})", "(walker-stand|walker-walk|{task})"
     student = rf"student/(mse|q|kl)-(none|ndcg|pairwise|listwise)-(16|32|64|128|256|512)-\w+-{level}-{level}"
-    folder = rf"(teacher|gaussian|behavior)/{task}-{level}|(naive|frozen|ds|oqs|cross)/{level}|{student}(/tau)?"
-    folder = re.compile(rf"{folder}|measure/({student}|(ds|oqs)/{level})|[\d.]+")
+    folder = rf"(teacher|gaussian(-tanh)?|behavior)/{task}-{level}|(naive|frozen|ds|oqs|cross)/{level}|{student}(/tau)?"
+    folder = re.compile(rf"{folder}|measure/({student}|(ds|ds-common|oqs)/{level})|[\d.]+")
     with (ROOT / "reproduce" / "findings.csv").open(newline="") as file:
         lines = [*csv.DictReader(file)]
     assert {line["part"] for line in lines} == {*NAMES}
