@@ -121,20 +121,16 @@ def assert_equal_weights(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
-@pytest.mark.parametrize("name", ["mop_td3_collect", "mop_pbrl_teacher", "mop_distill"])
+@pytest.mark.parametrize("name", ["mop_td3_collect", "mop_pbrl_teacher"])  # mop_distill: test_trust.py
 def test_killed_and_resumed_ends_with_the_same_weights(chain, tmp_path, name):
     """Also: a second run with the same seed gives the same weights."""
     folder = chain[0]
-    options, output = {
-        "mop_td3_collect": (TD3, "checkpoints/walker-stand-expert-behavior.pt"),
-        "mop_pbrl_teacher": (PBRL, "checkpoints/walker-stand-medium-teacher.pt"),
-        "mop_distill": (DISTILL, "runs/distill/student.pt"),
+    options, run_dir, output = {
+        "mop_td3_collect": (TD3, "runs/td3", "checkpoints/walker-stand-expert-behavior.pt"),
+        "mop_pbrl_teacher": (PBRL, "runs/pbrl", "checkpoints/walker-stand-medium-teacher.pt"),
     }[name]
-    if name != "mop_td3_collect":
+    if name == "mop_pbrl_teacher":
         (tmp_path / "data").symlink_to(folder / "data")
-    if name == "mop_distill":
-        (tmp_path / "checkpoints").symlink_to(folder / "checkpoints")
-    run_dir = {"mop_td3_collect": "runs/td3", "mop_pbrl_teacher": "runs/pbrl", "mop_distill": "runs/distill"}[name]
     command = [sys.executable, ROOT / f"{name}.py", *options, "--run-dir", run_dir]
     process = subprocess.Popen(
         [str(c) for c in command], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -157,9 +153,22 @@ def test_killed_and_resumed_ends_with_the_same_weights(chain, tmp_path, name):
                 assert all(np.array_equal(a[key], b[key]) for key in a.files if key != "metadata")
 
 
+def meanwhile(folder):
+    """While a run goes on no second one may write to its folder or its output file."""
+    again = "--run-dir", "other", "--output"
+    for flags, path in (
+        (("--resume", "run", "--output", "x.pt"), "run/resume.pt"),
+        ((*DISTILL, *again, "student.pt"), "student.pt"),
+    ):
+        second = script("mop_distill", *flags, cwd=folder)
+        assert second.returncode == 1 and len(second.stderr.splitlines()) == 1, second.stderr
+        assert f"{path}: expected a folder that can be made and written, and no other run" in second.stderr
+    result(script("mop_distill", *DISTILL, "--gradient-steps", 1, *again, "other.pt", cwd=folder))
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_by_a_signal(chain, tmp_path, number, code):
-    """One line that says how to go on; meanwhile no second run may write to the folder or the output file."""
+    """One line that says how to go on."""
     for name in ("data", "checkpoints"):
         (tmp_path / name).symlink_to(chain[0] / name)
     command = [sys.executable, ROOT / "mop_distill.py", *DISTILL, "--gradient-steps", 10**6, "--run-dir", "run"]
@@ -167,15 +176,8 @@ def test_stopped_by_a_signal(chain, tmp_path, number, code):
     process = subprocess.Popen([str(c) for c in command], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "run/resume.pt").is_file() and process.poll() is None:
         time.sleep(0.02)
-    again = "--run-dir", "other", "--output"
-    for flags, path in (
-        (("--resume", "run", "--output", "x.pt"), "run/resume.pt"),
-        ((*DISTILL, *again, "student.pt"), "student.pt"),
-    ):
-        second = script("mop_distill", *flags, cwd=tmp_path)
-        assert second.returncode == 1 and len(second.stderr.splitlines()) == 1, second.stderr
-        assert f"{path}: expected a folder that can be made and written, and no other run" in second.stderr
-    result(script("mop_distill", *DISTILL, "--gradient-steps", 1, *again, "other.pt", cwd=tmp_path))
+    if number == signal.SIGINT:
+        meanwhile(tmp_path)
     process.send_signal(number)
     assert process.communicate()[1] == "mop_distill.py: stopped; continue with --resume run\n"
     assert process.returncode == code and not list(tmp_path.rglob("*.tmp"))
@@ -248,13 +250,3 @@ def test_collecting_with_a_policy(chain, tmp_path):
             ends = [999, 1499] if n == 1500 else list(range(999, n, 1000))
             assert len(data["rewards"]) == n and np.flatnonzero(data["timeouts"]).tolist() == ends
             assert len(json.loads(str(data["metadata"]))["episode_returns"]) == len(ends)
-
-
-def test_a_task_of_another_domain(tmp_path):
-    """Sizes come from the environment: cartpole (5 observations, 1 action) through all three scripts."""
-    options = ["--task", "cartpole-balance", "--total-timesteps", 2000, "--eval-every", 1000, "--learning-starts", 500]
-    options += ["--hidden", 16, "--batch-size", 32, "--num-transitions", 1000, "--medium-step", 1000]
-    result(script("mop_td3_collect", *options, *TINY, cwd=tmp_path))
-    result(script("mop_pbrl_teacher", *PBRL, "--task", "cartpole-balance", cwd=tmp_path))
-    found = result(script("mop_distill", *DISTILL, "--tasks", "cartpole-balance", cwd=tmp_path))
-    assert 0 < found["returns"]["cartpole-balance"]["mean"] <= 1000

@@ -63,9 +63,8 @@ def rows(path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize(("scale", "cross"), [("laptop", 3 * 1), ("thesis", 3 * 3)])
-def test_the_whole_grid(tmp_path, scale, cross):
-    assert planned(tmp_path, scale=scale) == GRID | {"cross": cross}
+def test_the_whole_grid(tmp_path):
+    assert planned(tmp_path, scale="laptop") == GRID | {"cross": 3 * 1}
 
 
 def test_every_figure_and_table_is_a_target(tmp_path):
@@ -73,7 +72,7 @@ def test_every_figure_and_table_is_a_target(tmp_path):
     targets = re.findall(r'^    "(\w+)":', parts, re.M)
     assert {"fig51", "fig53", "fig54", "fig55", "fig57", "fig58", "fig63", "fig64", "fig65", "fig69"} < set(targets)
     assert {"table61", "table62", "table63", "appendixC", "appendixD", "appendixE", "appendixF"} < set(targets)
-    wanted = GRID | {"cross": 9} | dict.fromkeys(targets, 1)
+    wanted = GRID | {"cross": 3 * 3} | dict.fromkeys(targets, 1)
     assert planned(tmp_path, *targets, scale="thesis") == {rule: n for rule, n in wanted.items() if rule != "all"}
 
 
@@ -130,15 +129,15 @@ def test_an_interrupted_run_goes_on(chain):
     run, result = chain / "reproduce/work/tiny/runs" / name, chain / TINY / f"{name}.csv"
     run.mkdir(parents=True)
     (run / "returns.csv").touch()  # a folder without a resume point: of no use, replaced
-    options = [f"{TINY}/{name}.csv", "--config", f"folder={chain}", "scale=tiny", "extra=--gradient-steps 80"]
+    options = [f"{TINY}/{name}.csv", "--config", f"folder={chain}", "scale=tiny", "extra=--gradient-steps 40"]
     process = subprocess.Popen([*SNAKEMAKE, *options], start_new_session=True)
     end = time.time() + 300
     while not (run / "resume.pt").exists() and time.time() < end and process.poll() is None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # Ctrl-C, which the script receives, too
     assert process.wait(300) != 0 and (run / "resume.pt").exists() and not result.exists()
-    snakemake(chain, options[0], scale="tiny", extra="--gradient-steps 80")
-    assert [r["step"] for r in rows(result) if r["episode"] == "mean"][::2] == [str(s) for s in range(10, 90, 10)]
+    snakemake(chain, options[0], scale="tiny", extra="--gradient-steps 40")
+    assert [r["step"] for r in rows(result) if r["episode"] == "mean"][::2] == [str(s) for s in range(10, 50, 10)]
     assert len(list(run.glob("events*"))) == 2  # the first one's is there, too
 
 
