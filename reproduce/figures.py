@@ -77,7 +77,8 @@ def final(data, quantity: str) -> dict[int, float] | float | None:
     """seed -> value; a number if the quantity is a constant; None or {} if it was not run."""
     if " | " in quantity:
         constant, sample = (final(data, part) for part in quantity.split(" | "))
-        return {seed: max(constant, y) for seed, y in sample.items()} if constant else None
+        best = {seed: max(constant, y) for seed, y in sample.items()} if constant else None
+        return constant if best and set(best.values()) == {constant} else best
     if re.fullmatch(r"[\d.]+", quantity):
         return float(quantity)
     quantity, _, seed = quantity.partition("#")
@@ -114,7 +115,7 @@ def describe(x) -> str:
 def finding(data, what, quantity_a, claim, quantity_b) -> list[str]:
     """A row of a table: a, b, their difference, and whether the thesis's claim holds."""
     a, b = final(data, quantity_a), final(data, quantity_b)
-    row = [what, claim, describe(a), describe(b) + " (seed 1)" * (quantity_b.endswith("#1") and bool(b))]
+    row = [what, claim, describe(a), describe(b) + " (seed 1)" * ("#1" in quantity_b and np.isscalar(b))]
     if not a or not b:
         return [*row, "", "not run"]
     size = b if np.isscalar(b) else float(np.mean([*b.values()]))

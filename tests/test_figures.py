@@ -116,6 +116,11 @@ def test_pairs_samples_and_the_better_teacher(tmp_path):
     assert rows["walker-stand medium: DS teacher against MOP teacher"][3:] == ["+98.0 ± 496.8", "open"]
     best = rows["walker-stand medium: OQS student against the better of its teachers"]  # 500, 401, 450
     assert best[2:] == ["450.3 ± 123.0 (3 seeds)", "-50.3 ± 123.0", "open"]
+    for seed in (1, 2, 3):
+        cross, student = ("from walker-walk", *last, 9), ("student", *last, 390 + seed)
+        write(tmp_path, f"oqs/medium/seed{seed}", columns, cross, student)
+    best = rows_of(tmp_path, "fig69")["walker-stand medium: OQS student against the better of its teachers"]
+    assert best[2:] == ["401.0 (seed 1)", "-9.0 ± 2.5", "as the thesis"]  # one teacher, not three seeds of it
 
 
 def test_tau_of_the_last_step_and_measures(tmp_path):
