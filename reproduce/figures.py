@@ -249,7 +249,9 @@ def fig51(data):
 
 def fig53(data):
     lines = {"naive multi-task": "naive/{level}?task={task}", "naive as published": "frozen/{level}?task={task}"}
-    return by_level(data, {"one teacher per task": "teacher/{task}-{level}", **lines})
+    lines = {"one teacher per task": "teacher/{task}-{level}", **lines}
+    plain = {f"{k}, plain PBRL": v.replace("/", "-plain/", 1) for k, v in lines.items()}
+    return by_level(data, lines | plain)
 
 
 def fig54(data):

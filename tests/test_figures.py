@@ -187,7 +187,8 @@ def test_findings_name_runs_of_the_layout():
     """A misspelt quantity would be 'not run' for ever."""
     level, task = "(medium|expert|medium-replay|{level})", "(walker-stand|walker-walk|{task})"
     student = rf"student/(mse|q|kl)-(none|ndcg|pairwise|listwise)-(16|32|64|128|256|512)-\w+-{level}-{level}"
-    folder = rf"(teacher|gaussian(-tanh)?|behavior)/{task}-{level}|(naive|frozen|ds|oqs|cross)/{level}|{student}(/tau)?"
+    folder = rf"(teacher(-plain)?|gaussian(-tanh)?|behavior)/{task}-{level}|{student}(/tau)?"
+    folder += rf"|((naive|frozen)(-plain)?|ds|oqs|cross)/{level}"
     folder = re.compile(rf"{folder}|measure/({student}|(ds|ds-common|oqs)/{level})|[\d.]+")
     with (ROOT / "reproduce" / "findings.csv").open(newline="") as file:
         lines = [*csv.DictReader(file)]

@@ -23,13 +23,14 @@ pytest.importorskip("snakemake")
 SNAKEMAKE = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "reproduce" / "Snakefile"), "--cores", "2"]
 MSE = "student/mse-none-{hidden}-{states}-medium-medium/seed1"
 TINY = "docs/results/tiny"
+PLAIN = 2 * 3  # without the cloning term, not at thesis scale: tasks x seeds; naive and frozen x seeds
 GRID = {
     "td3": 2,  # a task each
     "behavior": 4,  # medium, expert; that of medium-replay comes from td3
     "data": 4,
     "composed": 2 * 4 + 2,  # four mixes by the medium teachers, online by those of medium-replay
-    "teacher": 2 * 3 * 3 + 2 * 3 + 2 * 2,  # tasks x levels x seeds; Gaussian ones of medium; std bounded, common seed
-    "multitask": 3 * 3 + 3,  # naive: levels x seeds; frozen: of medium
+    "teacher": 2 * 3 * 3 + 2 * 3 + 2 * 2 + PLAIN,  # tasks x levels x seeds; Gaussian of medium; tanh, common seed
+    "multitask": 3 * 3 + 3 + PLAIN,  # naive: levels x seeds; frozen: of medium
     "student": 3 * 4  # losses x seeds
     + 2 * 4  # of teachers with a bounded std, or of a common seed
     + 8 * 4  # the other eight pairs
@@ -73,6 +74,7 @@ def test_every_figure_and_table_is_a_target(tmp_path):
     assert {"fig51", "fig53", "fig54", "fig55", "fig57", "fig58", "fig63", "fig64", "fig65", "fig69"} < set(targets)
     assert {"table61", "table62", "table63", "appendixC", "appendixD", "appendixE", "appendixF"} < set(targets)
     wanted = GRID | {"cross": 3 * 3} | dict.fromkeys(targets, 1)
+    wanted |= {rule: GRID[rule] - PLAIN for rule in ("teacher", "multitask")}
     assert planned(tmp_path, *targets, scale="thesis") == {rule: n for rule, n in wanted.items() if rule != "all"}
 
 
@@ -145,7 +147,7 @@ def test_an_interrupted_run_goes_on(chain):
 def test_every_other_rule(chain):
     names = ["student/kl-none-16-offline_tanh-medium-medium/seed1", MSE.format(hidden=16, states="random90")]
     names += ["student/kl-none-16-offline-medium-medium/seed1", MSE.format(hidden=16, states="offline_common")]
-    names += [f"{name}/medium/seed1" for name in ("naive", "frozen", "ds", "ds-common", "oqs", "cross")]
+    names += [f"{name}/medium/seed1" for name in ("naive-plain", "frozen", "ds", "ds-common", "oqs", "cross")]
     names += ["measure/ds/medium/seed1", "measure/oqs/medium/seed1", "behavior/walker-walk-expert/seed1"]
     snakemake(chain, *(f"{TINY}/{name}.csv" for name in names), scale="tiny")
     found = {(r["policy"], r["task"], r["evaluation"]) for r in rows(chain / TINY / "oqs/medium/seed1.csv")}
@@ -156,9 +158,9 @@ def test_every_other_rule(chain):
     crossed = Counter((r["teacher"], r["task"]) for r in rows(chain / TINY / "cross/medium/seed1.csv"))
     assert list(crossed.values()) == [2] * 4
     work = chain / "reproduce/work/tiny/runs"
-    points = {kind: torch.load(work / f"{kind}/medium/seed1/resume.pt") for kind in ("naive", "frozen")}
+    points = {kind: torch.load(work / f"{kind}/medium/seed1/resume.pt") for kind in ("naive-plain", "frozen")}
     steps = {kind: float(point["actor_optimizer"]["state"][0]["step"]) for kind, point in points.items()}
-    assert steps == {"naive": 20, "frozen": 1}  # every second step, for both tasks
+    assert steps == {"naive-plain": 20, "frozen": 1}  # every second step, for both tasks
 
 
 def test_frozen_actor_moves_once(tmp_path, monkeypatch):
