@@ -248,8 +248,8 @@ def fig51(data):
 
 
 def fig53(data):
-    lines = {"naive multi-task": "naive/{level}?task={task}", "naive as published": "frozen/{level}?task={task}"}
-    lines = {"one teacher per task": "teacher/{task}-{level}", **lines}
+    lines = {"one teacher per task": "teacher/{task}-{level}", "naive multi-task": "naive/{level}?task={task}"}
+    lines["naive as published"] = "frozen/{level}?task={task}"
     plain = {f"{k}, plain PBRL": v.replace("/", "-plain/", 1) for k, v in lines.items()}
     return by_level(data, lines | plain)
 
