@@ -9,8 +9,9 @@
 A training script is run through its own main() on a made-up dataset, with its progress bar replaced by a clock, so that
 nothing of the loop is left out or copied. The floor of a step is the time of its matrix products alone, each shape at
 the rate that this machine reaches for it, measured between the rounds of the loop; on a GPU, where that is more, the
-time to move the products' operands at the bandwidth of a copy. Figures are medians over rounds. Shares are those of a
-whole run: of a step, plus one evaluation of every task per 10,000 steps and one log per 1000.
+time to move the products' operands at the bandwidth of a copy (a CUDA graph may pass below it: each product is waited
+for). Figures are medians over rounds. Shares are those of a whole run: of a step, plus one evaluation of every task per
+10,000 steps and one log per 1000.
 
 peer.py:make is called as make(work, device) and returns a function to time, one step of pbrl, distill or td3 or one
 evaluation of 10 episodes, or None where it has none. Its rounds take turns with ours.
