@@ -30,6 +30,7 @@ KINDS = {  # the columns, and the one that is the value
     "activations": ("task,layer,neuron,mean", "mean"),
     "measure": ("measure,layer,value,std", "value"),
     "cross": ("teacher,task,episode,return", "return"),
+    "shift": ("measure,value,error", "value"),
     "returns": ("policy,task,evaluation,step,episode,return", "return"),
 }
 CLAIMS = {  # a CLAIM b holds if sign * (a - b - margin * |b|) > 0
@@ -47,7 +48,7 @@ def load(folder: Path) -> dict[str, dict[int, list[dict]]]:
     data = defaultdict(dict)
     for path in sorted(folder.rglob("*.csv")):
         key, name = path.parent.relative_to(folder).parts, re.fullmatch(r"seed(\d+)(?:-(tau|activations))?", path.stem)
-        kind = (name and name[2]) or (key[0] if key and key[0] in ("measure", "cross") else "returns")
+        kind = (name and name[2]) or (key[0] if key and key[0] in ("measure", "cross", "shift") else "returns")
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
         if not name or not rows or ",".join(map(str, rows[0])) != KINDS[kind][0]:
@@ -340,7 +341,7 @@ def appendixE(data):
 
 
 FIGURES = {f.__name__: f for f in (fig51, fig53, fig54, fig55, fig57, fig58, fig63, fig64, fig65, fig69, appendixE)}
-TABLES = "table61", "table62", "table63"
+TABLES = "section52", "table61", "table62", "table63"
 
 
 def tables(scale, rows: dict, docs: Path) -> dict[str, str]:

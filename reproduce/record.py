@@ -4,6 +4,7 @@
     python reproduce/record.py OUT.csv RUN/measure.json              measure,layer,value,std
     python reproduce/record.py OUT-activations.csv RUN/measure.json  task,layer,neuron,mean
     python reproduce/record.py OUT.csv RUN/measure.json              teacher,task,episode,return (if of --teachers)
+    python reproduce/record.py OUT.csv RUN/measure.json              measure,value,error (if of --shift)
 
 Of an evaluation during training the mean over its episodes; of the final one, in the checkpoint, every episode.
 """
@@ -21,7 +22,7 @@ import torch
 def returns(curves: list[str], checkpoints: list[str]) -> list[tuple]:
     found, final = {}, []
     for path in checkpoints:
-        checkpoint = torch.load(path, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         sources = checkpoint.get("data_tasks", ())
         policy = f"from {sources[0]}" if len(sources) == 1 else checkpoint["kind"]
         for task, values in checkpoint["returns"].items():
@@ -65,6 +66,12 @@ def cross(report: dict) -> list[tuple]:
     ]
 
 
+def shift(report: dict) -> list[tuple]:
+    found = report["shift"]
+    divergences = [(name, found[name]["value"], found[name]["error"]) for name in ("js_bits", "kl_ab", "kl_ba")]
+    return [("measure", "value", "error"), *divergences, *((name, found[name], "") for name in ("auc", "accuracy"))]
+
+
 def main():
     out, *paths = sys.argv[1:] or [""]
     of = {suffix: [path for path in paths if path.endswith(suffix)] for suffix in (".csv", ".pt", ".json")}
@@ -75,8 +82,9 @@ def main():
         rows = returns(of[".csv"], of[".pt"])
     else:
         report = json.loads(Path(of[".json"][0]).read_text())
-        kind = activations if out.endswith("-activations.csv") else cross if "cross_task" in report else measures
-        rows = kind(report)
+        kinds = {"cross_task": cross, "shift": shift, "shared_computation": measures}
+        kind = next(make for part, make in kinds.items() if part in report)
+        rows = activations(report) if out.endswith("-activations.csv") else kind(report)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{out}.tmp", "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)

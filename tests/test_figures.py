@@ -138,6 +138,11 @@ def test_tau_of_the_last_step_and_measures(tmp_path):
         write(tmp_path, f"measure/{MSE}/seed{seed}", columns[1], *rows)
     row = rows_of(tmp_path, "fig64")["per-state tau-a, layer 1: width 16 against width 256"]
     assert row[1:] == ["0.315 ± 0.064 (2 seeds)", "0.615 ± 0.064 (2 seeds)", "-0.300 ± 0.030", "as the thesis"]
+    for states, bits in (("noise", 0.3), ("random90", 0.7)):
+        rows = [("js_bits", bits, 0.01), ("kl_ab", 9, ""), ("auc", 1, "")]
+        write(tmp_path, f"shift/walker-walk-medium-{states}/seed1", figures.KINDS["shift"][0], *rows)
+    row = rows_of(tmp_path, "section52")["walker-walk medium: random90 against noise"]
+    assert row == ["above", "0.700 (1 seed)", "0.300 (1 seed)", "+0.400", "one seed, as the thesis"]
     row = rows_of(tmp_path, "table62")["medium MOP, layer 1 against the thesis's"]
     assert row == ["equals", "0.075 ± 0.064 (2 seeds)", "0.067", "+0.008 ± 0.064", "as the thesis"]
 
@@ -153,7 +158,7 @@ def test_figures_of_what_is_there(docs, monkeypatch):
     page, results = (docs / "results.md").read_text(), docs / "results" / "laptop"
     assert [path.name for path in results.glob("*.png")] == ["fig54.png"]
     assert (results / "fig54.png").read_bytes()[:4] == b"\x89PNG"
-    assert page.count("by hand") == 2 * 15 and page.count("not run yet.") == 4  # fig58 and the tables
+    assert page.count("by hand") == 2 * 16 and page.count("not run yet.") == 5  # fig58 and the tables
     assert "![fig54 at laptop scale](results/laptop/fig54.png)\n\n| a against b |" in page
     assert "| fig54 | 1 | 0 | 1 | 4 | 10 |" in page
     figure = figures.fig54(figures.load(results))
@@ -189,6 +194,7 @@ def test_findings_name_runs_of_the_layout():
     student = rf"student/(mse|q|kl)-(none|ndcg|pairwise|listwise)-(16|32|64|128|256|512)-\w+-{level}-{level}"
     folder = rf"(teacher(-plain)?|gaussian(-tanh)?|behavior)/{task}-{level}|{student}(/tau)?"
     folder += rf"|((naive|frozen)(-plain)?|ds|oqs|cross)/{level}"
+    folder += rf"|shift/{task}-{level}-(offline|noise|random90|random99)"
     folder = re.compile(rf"{folder}|measure/({student}|(ds|ds-common|oqs)/{level})|[\d.]+")
     with (ROOT / "reproduce" / "findings.csv").open(newline="") as file:
         lines = [*csv.DictReader(file)]

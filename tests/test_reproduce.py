@@ -28,7 +28,7 @@ GRID = {
     "td3": 2,  # a task each
     "behavior": 4,  # medium, expert; that of medium-replay comes from td3
     "data": 4,
-    "composed": 2 * 4 + 2,  # four mixes by the medium teachers, online by those of medium-replay
+    "composed": 2 * 4 + 2 + 2,  # four mixes by the medium teachers, online by those of expert and medium-replay
     "teacher": 2 * 3 * 3 + 2 * 3 + 2 * 2 + PLAIN,  # tasks x levels x seeds; Gaussian of medium; tanh, common seed
     "multitask": 3 * 3 + 3 + PLAIN,  # naive: levels x seeds; frozen: of medium
     "student": 3 * 4  # losses x seeds
@@ -42,6 +42,7 @@ GRID = {
     "oqs": 2 * 4,
     "measure": 3 * 4 + 2 * 2 * 4 + 4 + 1,  # MOP's of three levels; those of DS and OQS; of a common seed
     "activations": 3,
+    "shift": 2 * (3 + 3) * 3,  # tasks x (levels, mixes) x seeds
     "all": 1,
 }
 
@@ -148,6 +149,7 @@ def test_every_other_rule(chain):
     names = ["student/kl-none-16-offline_tanh-medium-medium/seed1", MSE.format(hidden=16, states="random90")]
     names += ["student/kl-none-16-offline-medium-medium/seed1", MSE.format(hidden=16, states="offline_common")]
     names += [f"{name}/medium/seed1" for name in ("naive-plain", "frozen", "ds", "ds-common", "oqs", "cross")]
+    names += ["shift/walker-walk-medium-noise/seed1", "shift/walker-walk-medium-offline/seed1"]
     names += ["measure/ds/medium/seed1", "measure/oqs/medium/seed1", "behavior/walker-walk-expert/seed1"]
     snakemake(chain, *(f"{TINY}/{name}.csv" for name in names), scale="tiny")
     found = {(r["policy"], r["task"], r["evaluation"]) for r in rows(chain / TINY / "oqs/medium/seed1.csv")}
@@ -157,6 +159,8 @@ def test_every_other_rule(chain):
     assert {r["policy"] for r in rows(chain / TINY / "ds/medium/seed1.csv")} == {"teacher", "student"}
     crossed = Counter((r["teacher"], r["task"]) for r in rows(chain / TINY / "cross/medium/seed1.csv"))
     assert list(crossed.values()) == [2] * 4
+    shift = {r["measure"]: r["value"] for r in rows(chain / TINY / "shift/walker-walk-medium-noise/seed1.csv")}
+    assert list(shift) == ["js_bits", "kl_ab", "kl_ba", "auc", "accuracy"] and 0 <= float(shift["js_bits"]) <= 1
     work = chain / "reproduce/work/tiny/runs"
     points = {kind: torch.load(work / f"{kind}/medium/seed1/resume.pt") for kind in ("naive-plain", "frozen")}
     steps = {kind: float(point["actor_optimizer"]["state"][0]["step"]) for kind, point in points.items()}
