@@ -82,9 +82,9 @@ def main():
         rows = returns(of[".csv"], of[".pt"])
     else:
         report = json.loads(Path(of[".json"][0]).read_text())
-        kinds = {"cross_task": cross, "shift": shift, "shared_computation": measures}
-        kind = next(make for part, make in kinds.items() if part in report)
-        rows = activations(report) if out.endswith("-activations.csv") else kind(report)
+        made = {"cross_task": cross, "shift": shift, "shared_computation": measures}
+        kind = next(kind for part, kind in made.items() if part in report)
+        rows = (activations if out.endswith("-activations.csv") else kind)(report)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{out}.tmp", "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
