@@ -248,3 +248,22 @@ def test_the_page_is_what_the_csvs_make(scale):
     shown = {*re.findall(rf"\(results/{scale}/(\w+)\.png\)", page)}
     assert shown == {path.stem for path in folder.glob("*.png")}
     assert {name for name in figures.FIGURES if figures.was_run(rows[name])} >= shown
+
+
+def test_intervals_of_the_other_pages_are_of_this_one():
+    """mean ± half over seeds in the README and on the scripts' pages: a pair of docs/results.md, perhaps rounded."""
+
+    def pairs(text):
+        return re.findall(r"(-?\d[\d.]*) ± ([\d.]*\d)", text)
+
+    def rounded(short, long):
+        return abs(float(short) - float(long)) < 0.55 * 10.0 ** -len(short.partition(".")[2])
+
+    known = pairs((ROOT / "docs" / "results.md").read_text())
+    texts = {"README.md": (ROOT / "README.md").read_text().partition("## Two commands")[0]}
+    for name in ("mop_pbrl_teacher.md", "mop_distill.md", "mop_ds.md", "mop_oqs.md"):
+        texts[name] = (ROOT / "docs" / name).read_text()
+    for name, text in texts.items():
+        found = pairs(text)
+        unknown = [pair for pair in found if not any(all(map(rounded, pair, other)) for other in known)]
+        assert found and not unknown, f"{name}: not in docs/results.md: {unknown}"
