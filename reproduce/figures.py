@@ -344,7 +344,15 @@ FIGURES = {f.__name__: f for f in (fig51, fig53, fig54, fig55, fig57, fig58, fig
 TABLES = "section52", "table61", "table62", "table63"
 
 
-def tables(scale, rows: dict, docs: Path) -> dict[str, str]:
+def by_width(data) -> list[str]:
+    """A table of Fig. 5.8's returns."""
+    cells = [["task", "width", *STATES], ["---"] * (2 + len(STATES))]
+    for task, width in itertools.product(TASKS, WIDTHS):
+        cells.append([task, str(width), *(describe(final(data, f"{student(width, s)}?task={task}")) for s in STATES)])
+    return [f"| {' | '.join(row)} |" for row in cells]
+
+
+def tables(scale, data, rows: dict, docs: Path) -> dict[str, str]:
     """name -> Markdown of every figure (if it is there) and table, and of the summary; rows: name -> findings."""
     made, summary = {}, [f"| {scale} scale | {' | '.join(VERDICTS)} |", "|---" * 6 + "|"]
     for name in rows:
@@ -356,6 +364,7 @@ def tables(scale, rows: dict, docs: Path) -> dict[str, str]:
             lines += [f"![{name} at {scale} scale]({image})", ""] if (docs / image).is_file() else []
             lines += ["| a against b | thesis: a .. b | ours: a | ours: b | a - b | verdict |", "|---" * 6 + "|"]
             lines += [f"| {' | '.join(row)} |" for row in rows[name]]
+            lines += ["", *by_width(data)] if name == "fig58" else []
         made[name] = "\n".join(lines)
     ran = any(map(was_run, rows.values()))
     return made | {"summary": "\n".join(summary) if ran else f"{scale.capitalize()} scale: not run yet."}
@@ -391,7 +400,7 @@ def main():
         (folder / f"{name}.png").unlink(missing_ok=True)
         if was_run(rows[name]) and (figure := part(data)):
             figure.savefig(folder / f"{name}.png")
-    page.write_text(fill(page.read_text(), args.scale, tables(args.scale, rows, args.docs)))
+    page.write_text(fill(page.read_text(), args.scale, tables(args.scale, data, rows, args.docs)))
     print(f"{page}, {len([*folder.glob('*.png')])} figures in {folder}")
 
 

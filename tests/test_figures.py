@@ -87,6 +87,15 @@ def test_rows_to_the_digit(docs):
     assert gaussian == ["below", "", "440.0 ± 24.8 (3 seeds)", "", "not run"]
 
 
+def test_returns_by_width_to_the_digit(docs):
+    folder = docs / "results" / "laptop"
+    for seed, value in ((1, 400), (2, 410), (3, 420)):
+        write_returns(folder, f"student/mse-none-64-noise-medium-medium/seed{seed}", "student", walk=value)
+    table = figures.by_width(figures.load(folder))
+    assert table[0] == "| task | width | online | noise | random90 | random99 |" and len(table) == 2 + 2 * 6
+    assert table[10] == "| walker-walk | 64 |  | 410.0 ± 24.8 (3 seeds) |  |  |"
+
+
 @pytest.mark.parametrize(
     ("claim", "shift", "verdict"),
     [
@@ -243,7 +252,7 @@ def test_the_page_is_what_the_csvs_make(scale):
     page, folder = (ROOT / "docs" / "results.md").read_text(), ROOT / "docs" / "results" / scale
     data = figures.load(folder)
     rows = {name: figures.findings(data, name) for name in NAMES}
-    made = figures.fill(page, scale, figures.tables(scale, rows, ROOT / "docs"))
+    made = figures.fill(page, scale, figures.tables(scale, data, rows, ROOT / "docs"))
     assert made == page, f"run: python reproduce/figures.py --scale {scale}"
     shown = {*re.findall(rf"\(results/{scale}/(\w+)\.png\)", page)}
     assert shown == {path.stem for path in folder.glob("*.png")}
