@@ -345,10 +345,15 @@ TABLES = "section52", "table61", "table62", "table63"
 
 
 def by_width(data) -> list[str]:
-    """A table of Fig. 5.8's returns."""
+    """A table of Fig. 5.8's returns, and of each seed's mean over all widths."""
     cells = [["task", "width", *STATES], ["---"] * (2 + len(STATES))]
-    for task, width in itertools.product(TASKS, WIDTHS):
-        cells.append([task, str(width), *(describe(final(data, f"{student(width, s)}?task={task}")) for s in STATES)])
+    for task in TASKS:
+        columns = [[final(data, f"{student(width, s)}?task={task}") for width in WIDTHS] for s in STATES]
+        for column in columns:
+            seeds = set.intersection(*map(set, column))
+            column.append({seed: float(np.mean([returns[seed] for returns in column])) for seed in sorted(seeds)})
+        for width, *row in zip((*WIDTHS, "mean"), *columns, strict=True):
+            cells.append([task, str(width), *map(describe, row)])
     return [f"| {' | '.join(row)} |" for row in cells]
 
 

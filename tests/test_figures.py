@@ -1,6 +1,7 @@
 """Figures and tables of docs/results.md: intervals, rows to the digit, and the page is what the committed CSVs make."""
 
 import csv
+import itertools
 import re
 import sys
 
@@ -89,11 +90,12 @@ def test_rows_to_the_digit(docs):
 
 def test_returns_by_width_to_the_digit(docs):
     folder = docs / "results" / "laptop"
-    for seed, value in ((1, 400), (2, 410), (3, 420)):
-        write_returns(folder, f"student/mse-none-64-noise-medium-medium/seed{seed}", "student", walk=value)
+    for (seed, value), (i, width) in itertools.product(((1, 400), (2, 410), (3, 420)), enumerate(figures.WIDTHS)):
+        write_returns(folder, f"student/mse-none-{width}-noise-medium-medium/seed{seed}", "student", walk=value + 2 * i)
     table = figures.by_width(figures.load(folder))
-    assert table[0] == "| task | width | online | noise | random90 | random99 |" and len(table) == 2 + 2 * 6
-    assert table[10] == "| walker-walk | 64 |  | 410.0 ± 24.8 (3 seeds) |  |  |"
+    assert table[0] == "| task | width | online | noise | random90 | random99 |" and len(table) == 2 + 2 * 7
+    assert table[11] == "| walker-walk | 64 |  | 414.0 ± 24.8 (3 seeds) |  |  |"
+    assert table[15] == "| walker-walk | mean |  | 415.0 ± 24.8 (3 seeds) |  |  |"
 
 
 @pytest.mark.parametrize(
