@@ -23,6 +23,7 @@ pytest.importorskip("snakemake")
 SNAKEMAKE = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "reproduce" / "Snakefile"), "--cores", "2"]
 MSE = "student/mse-none-{hidden}-{states}-medium-medium/seed1"
 TINY = "docs/results/tiny"
+LAYERS = (4 + 2) * 2  # seeds 2 and 3: widths of Fig. 6.4 but 512, ndcg, listwise; not at thesis scale
 PLAIN = 2 * 3  # without the cloning term, not at thesis scale: tasks x seeds; naive and frozen x seeds
 GRID = {
     "td3": 2,  # a task each
@@ -36,8 +37,9 @@ GRID = {
     + 8 * 4  # the other eight pairs
     + 4  # online states of medium-replay
     + 6 * 4 * 3  # widths x mixes x seeds
-    + 5  # other widths on offline states, one seed
-    + 3,  # regularisers, one seed
+    + 5  # other widths on offline states, seed 1
+    + 3  # regularisers, seed 1
+    + LAYERS,
     "ds": 2 * 4 + 1,  # and of a common seed
     "oqs": 2 * 4,
     "measure": 3 * 4 + 2 * 2 * 4 + 4 + 1,  # MOP's of three levels; those of DS and OQS; of a common seed
@@ -75,7 +77,7 @@ def test_every_figure_and_table_is_a_target(tmp_path):
     assert {"fig51", "fig53", "fig54", "fig55", "fig57", "fig58", "fig63", "fig64", "fig65", "fig69"} < set(targets)
     assert {"table61", "table62", "table63", "appendixC", "appendixD", "appendixE", "appendixF"} < set(targets)
     wanted = GRID | {"cross": 3 * 3} | dict.fromkeys(targets, 1)
-    wanted |= {rule: GRID[rule] - PLAIN for rule in ("teacher", "multitask")}
+    wanted |= {rule: GRID[rule] - PLAIN for rule in ("teacher", "multitask")} | {"student": GRID["student"] - LAYERS}
     assert planned(tmp_path, *targets, scale="thesis") == {rule: n for rule, n in wanted.items() if rule != "all"}
 
 
