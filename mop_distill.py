@@ -1,637 +1,792 @@
-"""Distil one teacher per task into one multi-task student, offline: stage 3 of MOP (van Lith 2024, 5.1.3, 5.2, 6.3).
+"""Distil one teacher per task into one multi-task student, offline: stage 3 of MOP.
 
   python mop_distill.py --loss mse --hidden 64
 
-Student pi^S(s, i): an MLP that reads the state and the task id. Teachers pi_i^T are frozen, so what they say about the
-datasets is computed once. Per step one batch of every task, in one forward pass; L is a mean over tasks i and states s:
+The student pi^S(s, i) is an MLP that reads a state s and a task id i. The teachers pi_i^T are
+frozen. A step draws a batch of states of every task; the loss is a mean over tasks and states of
 
   mse:  || pi_i^T(s) - pi^S(s, i) ||_2^2
   q:    - min_k Q_{i,k}^T(s, pi^S(s, i))
-  kl:   KL( N(mu^S, Sigma^S) || N(mu_i^T, Sigma_i^T) ), Gaussian teachers (mop_pbrl_teacher.py --actor gaussian)
-  + reg_lambda * sum over hidden layers j of  L_rank(l_j(s, i), l_j(s, i')),  i' the other task; L_rank one of ndcg,
-        pairwise, listwise
+  kl:   KL( N(mu^S, Sigma^S) || N(mu_i^T, Sigma_i^T) ), for Gaussian teachers
 
-In:  per task data/<task>-<level>.npz and checkpoints/<task>-<level>-teacher.pt, else the bundled ones in pretrained/.
-Out: student.pt, returns.csv, tau.csv (per-state Kendall's tau of the hidden layers between task ids) and TensorBoard
-logs in the run's folder under runs/.
+and, with --regularizer, reg_lambda times the sum over hidden layers j of
+
+  L_rank(l_j(s, i), l_j(s, i')), where i' is the other task and L_rank is ndcg, pairwise or listwise
+
+Source: van Lith 2024, sections 5.1.3 (losses), 5.2 (states), 6.3.2 (regularizers).
+
+In: per task data/<task>-<level>.npz and checkpoints/<task>-<level>-teacher.pt, else the bundled
+files in pretrained/.
+
+Out: in the run's folder under runs/ student.pt, returns.csv, losses.csv, tau.csv (Kendall's tau
+between the hidden layers under two task ids) and TensorBoard logs.
 """
 
-import ctypes
-import fcntl
 import json
+import math
 import os
+import pickle
 import signal
 import sys
-import time
 import zipfile
 import zlib
-from contextlib import contextmanager, suppress
+from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
+from datetime import datetime
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("MUJOCO_GL", "disable")  # nothing is rendered here
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it, until the run has a folder
 import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from dm_control import suite
+from torch.optim import Adam
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+if __name__ == "__main__":
+    os.environ["MUJOCO_GL"] = "disable"  # nothing is rendered here, whatever the shell asks for
+from dm_control import suite
+
 SCHEMA_VERSION = 1  # of datasets and checkpoints
-EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; training and collection stay below
-VERSIONS = {module.__name__: str(module.__version__) for module in (np, torch, mujoco)}
-DATASET = {"observations": ("f4", 2), "actions": ("f4", 2), "rewards": ("f4", 1), "next_observations": ("f4", 2)}
-DATASET |= {"terminals": ("bool", 1), "timeouts": ("bool", 1), "physics": ("f8", 2)}  # numpy type, dimensions
-MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "exploration_noise", "ood_noise", "beta_in"}
-MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
-LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024, "num_critics": 1024, "num_ood": 1024}  # of flags
-LIMITS |= dict.fromkeys(("hidden", "teacher_hidden", "batch_size", "teacher_batch_size", "num_envs"), 2**16)
-TAU_STATES = 1000  # of an evaluation's states, in which the hidden layers' tau is taken
-LAPTOP = {"gradient_steps": 20_000, "learning_rate": 1e-3}  # --scale laptop
+VERSIONS = {
+    "torch": str(torch.__version__),
+    "numpy": np.__version__,
+    "mujoco": mujoco.__version__,
+}
+DATASET = {  # arrays of a dataset and their types
+    "observations": "float32",
+    "actions": "float32",
+    "rewards": "float32",
+    "next_observations": "float32",
+    "terminals": "bool",
+    "timeouts": "bool",
+    "physics": "float64",
+}
+EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; all other seeds are lower
+TAU_STATES = 1000  # states of an evaluation in which tau is taken
+LAPTOP = {"gradient_steps": 20_000, "learning_rate": 1e-3}  # defaults with --scale laptop
 
 
 @dataclass
 class Args:
     # experiment
-    tasks: tuple[str, ...] = ("walker-stand", "walker-walk")  # suite tasks, DOMAIN-TASK; the position is the id
-    seed: int = 1  # seed of the weights, the noise and the batches
-    scale: Literal["thesis", "laptop"] = "thesis"  # defaults of the flags: the thesis's, or LAPTOP's for one CPU core
-    run_dir: str | None = None  # of logs, curves and the resume point; default: runs/<script and settings>-<time>
-    resume: str | None = None  # run folder to continue; its stored command line comes before this one
-    eval_every: int = 10_000  # steps between evaluations and resume points
-    eval_episodes: int = 10  # episodes per evaluation during training, always from the same initial states
-    final_eval_episodes: int = 100  # episodes of the evaluation stored in the checkpoint
+    tasks: tuple[str, ...] = ("walker-stand", "walker-walk")
+    """tasks of the dm_control suite, DOMAIN-TASK; the position is the task id"""
+    seed: int = 1
+    """seed of the weights, the batches and the noise"""
+    scale: Literal["thesis", "laptop"] = "thesis"
+    """the defaults of the other flags: the thesis's, or those for one CPU core (LAPTOP)"""
+    run_dir: str | None = None
+    """folder of logs, curves and the resume point; default: runs/<script, settings, time>"""
+    resume: str | None = None
+    """run folder to continue with its arguments; flags given beside it win"""
+    eval_every: int = 10_000
+    """steps between evaluations, each followed by a resume point"""
+    eval_episodes: int = 10
+    """episodes per task and evaluation, always from the same initial states"""
+    final_eval_episodes: int = 100
+    """episodes per task of the evaluation at the last step, which the checkpoint holds"""
+    overwrite: bool = False
+    """replace files of an earlier run"""
+
     # data
-    level: tuple[Literal["medium", "expert", "medium-replay"], ...] = ("medium",)  # of the behaviour; one or per task
-    data: tuple[str, ...] = ()  # dataset files, one per task; default: data/<task>-<level>.npz, else in pretrained/
-    states: tuple[str, ...] = ("offline",)  # offline: the datasets'; online: of the teachers' episodes; or .npz files
-    teachers: tuple[str, ...] = ()  # one per task; default: checkpoints/<task>-<level>-teacher[-gaussian].pt
-    output: str | None = None  # student's file instead of the one in the run's folder
-    overwrite: bool = False  # replace output files that exist
+    level: tuple[Literal["medium", "expert", "medium-replay"], ...] = ("medium",)
+    """level of the behaviour that made the data: one, or one per task"""
+    states: Literal["offline", "online"] = "offline"
+    """states of data/<task>-<level>.npz, or of the teachers' episodes, data/<teacher>-online.npz"""
+    data: tuple[str, ...] = ()
+    """dataset files with the states, one per task, instead of these"""
+    teachers: tuple[str, ...] = ()
+    """teacher checkpoints, one per task, instead of checkpoints/<task>-<level>-teacher.pt"""
+
     # algorithm
-    loss: Literal["mse", "q", "kl"] = "mse"  # distillation loss; kl needs Gaussian teachers
-    regularizer: Literal["none", "ndcg", "pairwise", "listwise"] = "none"  # of hidden layers, between task ids
-    reg_lambda: float = 100.0  # weight of the regularizer
-    task_encoding: Literal["number", "onehot"] = "number"  # the task id as one number or as a flag per task
-    gradient_steps: int = 500_000  # updates
-    learning_rate: float = 1e-4  # Adam's
-    batch_size: int = 1024  # states per task and update
-    hidden: int = 256  # width of both hidden layers
+    loss: Literal["mse", "q", "kl"] = "mse"
+    """distillation loss; kl needs Gaussian teachers"""
+    regularizer: Literal["none", "ndcg", "pairwise", "listwise"] = "none"
+    """ranking loss between the hidden layers under two task ids"""
+    reg_lambda: float = 100.0
+    """weight of the regularizer"""
+    task_encoding: Literal["number", "onehot"] = "number"
+    """the student reads the task id as one number or as one flag per task"""
+    gradient_steps: int = 500_000
+    """updates"""
+    learning_rate: float = 1e-4
+    """learning rate of Adam"""
+    batch_size: int = 1024
+    """states per task and update"""
+    hidden: int = 256
+    """width of both hidden layers"""
+
     # system
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    threads: int = 0  # CPU threads of torch and of the physics; 0: all cores
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of torch.set_float32_matmul_precision
-    cuda_graph: bool = False  # on CUDA: replay an update as one CUDA graph instead of operation by operation
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is a CUDA device"""
+    threads: int = 0
+    """CPU threads, and processes that run episodes; 0: as many as this process may use"""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """precision of float32 matrix products (torch.set_float32_matmul_precision)"""
+    cuda_graph: bool = False
+    """on CUDA: replay the update as one CUDA graph"""
 
 
-# ----------------------------------------------------------------------------------------------------------- networks
+# ------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
-    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions; of a Gaussian, mean and unscaled log std (gaussian)."""
+    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or `gaussian`'s two halves."""
 
     def __init__(self, in_dim: int, out_dim: int, hidden: int):
         super().__init__()
-        layers = [nn.Linear(in_dim, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, hidden), nn.ReLU(inplace=True)]
-        self.net = nn.Sequential(*layers, nn.Linear(hidden, out_dim), nn.Tanh())
+        self.net = nn.Sequential(
+            nn.Linear(in_dim, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, out_dim),
+            nn.Tanh(),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net(x)
 
 
 class Critics(nn.Module):
-    """K independent Q-networks with stacked weights, (B, obs_dim), (B, action_dim) -> (K, B)."""
+    """K independent Q-networks with stacked weights, (B, obs), (B, act) -> (K, B)."""
 
-    def __init__(self, k: int, obs_dim: int, action_dim: int, hidden: int):
+    def __init__(self, num_critics: int, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        for j, (n_in, n_out) in enumerate([(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)], start=1):
-            layers = [nn.Linear(n_in, n_out) for _ in range(k)]  # for torch's default initialisation
-            self.register_parameter(f"w{j}", nn.Parameter(torch.stack([x.weight.detach().T for x in layers])))
-            self.register_parameter(f"b{j}", nn.Parameter(torch.stack([x.bias.detach()[None] for x in layers])))
-
-    def network(self, x, w1, b1, w2, b2, w3, b3):
-        """One critic, (B, in + 1) -> (B,), or all at once, (K, B, in + 1) -> (K, B); the last input is 1."""
-        h = (x @ torch.cat([w1, b1], dim=-2)).relu_()  # the bias as one more row of the weights: no pass of its own
-        h = (h @ w2).add_(b2).relu_()
-        return (h @ w3).add_(b3).squeeze(-1)
+        sizes = [(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)]
+        for j, (n_in, n_out) in enumerate(sizes, start=1):
+            layers = [nn.Linear(n_in, n_out) for _ in range(num_critics)]  # torch's initialisation
+            weight = torch.stack([layer.weight.detach().T for layer in layers])
+            bias = torch.stack([layer.bias.detach()[None] for layer in layers])
+            self.register_parameter(f"w{j}", nn.Parameter(weight))  # (K, n_in, n_out)
+            self.register_parameter(f"b{j}", nn.Parameter(bias))  # (K, 1, n_out)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        x, parameters = torch.cat([obs, action, obs.new_ones(len(obs), 1)], dim=-1), list(self.parameters())
-        if x.is_cuda:  # one batched product per layer; on a CPU a loop over the critics is faster
-            return self.network(x.expand(len(self.w1), *x.shape), *parameters)
-        return torch.stack([self.network(x, *weights) for weights in zip(*parameters, strict=True)])
+        x = torch.cat([obs, action], dim=1)
+        if x.is_cuda:  # one batched product per layer
+            x = x.expand(len(self.w1), *x.shape)
+            h = F.relu(torch.baddbmm(self.b1, x, self.w1))
+            h = F.relu(torch.baddbmm(self.b2, h, self.w2))
+            return torch.baddbmm(self.b3, h, self.w3).squeeze(-1)
+        values = []
+        for k in range(len(self.w1)):  # on a CPU faster than batched products
+            h = F.relu(torch.addmm(self.b1[k], x, self.w1[k]))
+            h = F.relu(torch.addmm(self.b2[k], h, self.w2[k]))
+            values.append(torch.addmm(self.b3[k], h, self.w3[k]).squeeze(-1))
+        return torch.stack(values)
 
 
-# ---------------------------------------------------------------------------------------------------------- algorithm
-def add_task(obs: torch.Tensor, task_id: int, onehot: int = 0) -> torch.Tensor:
-    """States with the task id as one more number, (B, obs_dim) -> (B, obs_dim + 1), or as one of `onehot` flags."""
-    code = obs.new_zeros(len(obs), onehot or 1)
-    code[:, task_id if onehot else 0].fill_(1 if onehot else task_id)
-    return torch.cat([obs, code], dim=1)
+# --------------------------------------------------------------------------------------- losses
+def add_code(obs: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+    """States with a task's code appended, (B, obs), (code,) -> (B, obs + code)."""
+    return torch.cat([obs, code.expand(len(obs), -1)], dim=1)
 
 
 def gaussian(output: torch.Tensor, bounds) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log std within the bounds, (B, act) each, of an actor's output (B, 2 act)."""
+    """Mean and log std, (B, act) each, of an actor's output (B, 2 act) in [-1, 1].
+
+    bounds: the log std that -1 and 1 stand for.
+    """
     mean, unit = output.chunk(2, dim=-1)
     low, high = bounds
     return mean, low + (high - low) * (unit + 1) / 2
 
 
-def mse_loss(student, x, teacher_action) -> torch.Tensor:
-    """|| pi^T(s) - pi^S(s, i) ||^2, summed over action dimensions (thesis 5.1.3). Rows x: (R, in_dim) -> (R,)."""
-    return (teacher_action - student(x)).square().sum(dim=1)
+def mse_loss(action: torch.Tensor, teacher_action: torch.Tensor) -> torch.Tensor:
+    """|| pi^T(s) - pi^S(s, i) ||^2, summed over action dimensions (5.1.3). (B, act) -> (B,)."""
+    return (teacher_action - action).square().sum(dim=1)
 
 
-def q_loss(student, x, critics, obs_dim: int) -> torch.Tensor:
-    """- min_k Q_{i,k}^T(s, pi^S(s, i)) (thesis 5.1.3). Rows x: (R, in_dim), as many per task, in order -> (R,)."""
-    parts = zip(critics, x[:, :obs_dim].chunk(len(critics)), student(x).chunk(len(critics)), strict=True)
-    return -torch.cat([critic(obs, action).min(dim=0).values for critic, obs, action in parts])
+def q_loss(action: torch.Tensor, obs: torch.Tensor, critics: Critics) -> torch.Tensor:
+    """- min_k Q_{i,k}^T(s, pi^S(s, i)) (5.1.3). (B, act), (B, obs) -> (B,)."""
+    return -critics(obs, action).min(dim=0).values
 
 
-def kl_loss(student, x, teacher_output, bounds) -> torch.Tensor:
-    """KL(student || teacher) of diagonal Gaussians, summed over action dimensions. Rows x: (R, in_dim) -> (R,).
+def kl_loss(output: torch.Tensor, teacher_output: torch.Tensor, bounds) -> torch.Tensor:
+    """KL(student || teacher) of diagonal Gaussians (5.1.3). (B, 2 act) -> (B,).
 
-    Thesis 5.1.3; its last line has the sign of the log term reversed, torch.distributions agrees with this one.
+    The thesis's last line has the sign of the log term reversed; torch.distributions agrees
+    with this one.
     """
-    (mean, log_std), (teacher_mean, teacher_log_std) = gaussian(student(x), bounds), gaussian(teacher_output, bounds)
+    mean, log_std = gaussian(output, bounds)
+    teacher_mean, teacher_log_std = gaussian(teacher_output, bounds)
     log_ratio = 2 * (log_std - teacher_log_std)  # ln(var_S / var_T)
     distance = (teacher_mean - mean).square() * (-2 * teacher_log_std).exp()
     return 0.5 * (log_ratio.exp() + distance - 1 - log_ratio).sum(dim=1)
 
 
-def hidden_layers(actor: Actor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Activations of both hidden layers after the ReLU, (B, hidden) each."""
-    first = actor.net[:2](x)
-    return first, actor.net[2:4](first)
+def hidden_layers(actor: Actor, x: torch.Tensor) -> list[torch.Tensor]:
+    """Activations of every hidden layer after its ReLU, (B, hidden) each."""
+    activations = []
+    for layer in actor.net:
+        x = layer(x)
+        if isinstance(layer, nn.ReLU):
+            activations.append(x)
+    return activations
 
 
-def ndcg_loss(x, y) -> torch.Tensor:
-    """- NDCG of the scores y in the order of x, (R, n) -> (R,). An order has no gradient: it flows through y only."""
-    discount = 1 / torch.log2(torch.arange(2, y.shape[1] + 2, dtype=y.dtype, device=y.device))
-    gain = y.gather(1, x.argsort(dim=1, descending=True, stable=True)) @ discount
-    return -gain / (y.sort(dim=1, descending=True).values @ discount).clamp(min=1e-8)
+def ndcg_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """- NDCG of the scores y in the order of x (6.3.2). (B, n) -> (B,).
+
+    An order has no gradient: it flows through y only.
+    """
+    rank = torch.arange(1, y.shape[1] + 1, dtype=y.dtype, device=y.device)
+    discount = 1 / torch.log2(rank + 1)
+    order = x.argsort(dim=1, descending=True, stable=True)
+    gain = y.gather(1, order) @ discount
+    best_gain = y.sort(dim=1, descending=True).values @ discount
+    return -gain / best_gain.clamp(min=1e-8)
 
 
-def listwise_loss(x, y) -> torch.Tensor:
-    """Softmax cross-entropy, - sum_i softmax(y)_i log softmax(x)_i, (R, n) -> (R,)."""
+def listwise_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """- sum_i softmax(y)_i log softmax(x)_i (6.3.2). (B, n) -> (B,)."""
     return -(y.softmax(dim=1) * x.log_softmax(dim=1)).sum(dim=1)
 
 
-def pairwise_loss(x, y) -> torch.Tensor:
-    """sum_ij log(1 + exp(-(x_i - x_j) (y_i - y_j))), (R, n) -> (R,); the (R, n, n) terms exist a few rows at a time."""
+def pairwise_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """sum_ij log(1 + exp(-(x_i - x_j) (y_i - y_j))) (6.3.2). (B, n) -> (B,).
 
-    def some_rows(a, b):
-        return F.softplus((a[:, None] - a[:, :, None]) * (b[:, :, None] - b[:, None])).sum(dim=(1, 2))
-
-    rows = partial(recompute, some_rows, use_reentrant=False, preserve_rng_state=False)  # again in the backward pass
-    return torch.cat([rows(a, b) for a, b in zip(x.split(16), y.split(16), strict=True)])
-
-
-def ranking_regularizer(ranking_loss, student, x, others) -> torch.Tensor:
-    """sum over hidden layers j of L_rank(l_j(s, i), l_j(s, i')), mean over the other ids i' (thesis 6.3.2) -> (R,).
-
-    x: (R, in_dim) rows under their own task id; others: the same rows under each of the other ids.
+    The (B, n, n) terms exist for 16 rows at a time, and are computed again in the backward pass.
     """
-    own = hidden_layers(student, x)
-    pairs = [pair for other in others for pair in zip(own, hidden_layers(student, other), strict=True)]
-    return sum(ranking_loss(a, b) for a, b in pairs) / len(others)
+
+    def some_rows(x, y):
+        difference_x = x[:, :, None] - x[:, None, :]
+        difference_y = y[:, :, None] - y[:, None, :]
+        return F.softplus(-difference_x * difference_y).sum(dim=(1, 2))
+
+    losses = []
+    for rows_x, rows_y in zip(x.split(16), y.split(16), strict=True):
+        loss = recompute(some_rows, rows_x, rows_y, use_reentrant=False, preserve_rng_state=False)
+        losses.append(loss)
+    return torch.cat(losses)
+
+
+RANKING_LOSSES = {"ndcg": ndcg_loss, "pairwise": pairwise_loss, "listwise": listwise_loss}
+
+
+def ranking_regularizer(ranking_loss, student: Actor, x, other_x) -> torch.Tensor:
+    """sum over hidden layers j of L_rank(l_j(s, i), l_j(s, i')) (6.3.2). (B, in_dim) -> (B,).
+
+    x: states under their own task id; other_x: the same states under another one.
+    """
+    layers = hidden_layers(student, x)
+    other_layers = hidden_layers(student, other_x)
+    losses = [ranking_loss(own, other) for own, other in zip(layers, other_layers, strict=True)]
+    return torch.stack(losses).sum(dim=0)
+
+
+def pair_signs(x: torch.Tensor) -> torch.Tensor:
+    """sign(x_i - x_j) of every pair of a row's values, (B, n) -> (B, n, n) int8."""
+    left = x[:, :, None]
+    right = x[:, None, :]
+    return (left > right).char() - (left < right).char()
 
 
 @torch.no_grad()
-@partial(torch.vmap, chunk_size=64)
-def kendall_tau(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Kendall's tau-a and tau-b between rows of x and of y, (B, n) -> (B,), (B,) f64; tau-b of a constant row is NaN.
+def kendall_tau(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Kendall's tau-a between rows of x and y (6.2.1). (B, n) -> (B,) float64.
 
-    s_ij = sign(x_i - x_j) sign(y_i - y_j) is 1 for a concordant pair, -1 for a discordant one and 0 for a tie; tau-a
-    divides its sum by the number of pairs, tau-b by that of pairs not tied in x or y (their geometric mean).
+    Pairs (i, j) that x and y order alike, less those that they order differently, over all pairs;
+    a tie counts 0.
     """
-    a, b = ((v[:, None] > v).char() - (v[:, None] < v).char() for v in (x, y))  # (n, n) of one row
-    both, in_x, in_y = ((u * v).sum(dtype=torch.float64) for u, v in ((a, b), (a, a), (b, b)))  # all pairs twice
-    return both / (len(x) * (len(x) - 1)), both / (in_x * in_y).sqrt()
+    taus = []
+    num_pairs = x.shape[1] * (x.shape[1] - 1)  # every pair counts twice
+    for rows_x, rows_y in zip(x.split(64), y.split(64), strict=True):  # (64, n, n) fit in memory
+        agreement = pair_signs(rows_x) * pair_signs(rows_y)
+        taus.append(agreement.sum(dim=(1, 2)).double() / num_pairs)
+    return torch.cat(taus)
 
 
 @torch.no_grad()
-def layer_taus(student: Actor, obs: torch.Tensor, i: int, m: int, onehot: int) -> list[tuple[float, float, float]]:
-    """Per hidden layer, tau of states (B, obs) under id i and each other id: tau-a's mean and std, tau-b's mean."""
-    own, *others = (hidden_layers(student, add_task(obs, (i + k) % m, onehot)) for k in range(m))
-    layers = [(own[j].repeat(m - 1, 1), torch.cat([other[j] for other in others])) for j in range(2)]
-    taus = [kendall_tau(*layer) for layer in layers]  # layers x (tau-a, tau-b)
-    return [(a.mean().item(), a.std().item(), b.nanmean().item()) for a, b in taus]
+def layer_taus(student: Actor, obs: torch.Tensor, code, other_code) -> list[torch.Tensor]:
+    """Per hidden layer, tau between its activations under two task codes. (B, obs) -> (B,)."""
+    layers = hidden_layers(student, add_code(obs, code))
+    other_layers = hidden_layers(student, add_code(obs, other_code))
+    return [kendall_tau(own, other) for own, other in zip(layers, other_layers, strict=True)]
 
 
+# ------------------------------------------------------------------------------------- training
 def main():
-    args, point, device = parse_args(Args, LAPTOP)
-    torch.set_flush_denormal(args.regularizer == "pairwise")  # its sigmoids underflow, and such numbers are slow
-    tasks, m, total = args.tasks, len(args.tasks), args.gradient_steps
-    require(tasks, "--tasks: expected one task or more, found none")
-    envs = [make_envs(task, args.eval_episodes) for task in tasks]
-    obs_dim, action_dim = envs[0][0].observation_spec()["observations"].shape[0], envs[0][0].action_spec().shape[0]
-    onehot = m if args.task_encoding == "onehot" else 0
-    in_dim = obs_dim + (onehot or 1)
-    table, counts, critics, bounds, references, inputs = load_inputs(args, (obs_dim, action_dim), onehot, device)
-    name = f"{args.loss}-{args.regularizer}-{args.hidden}-{'+'.join(dict.fromkeys(args.level))}-seed{args.seed}"
-    run_dir = prepare_outputs(args, name, [Path(args.output)] if args.output else [], inputs)
-    output = Path(args.output or run_dir / "student.pt")
+    args, resume_point, device = parse_args()
+    num_tasks = len(args.tasks)
+    check(len(set(args.tasks)) == num_tasks > 0, "--tasks: expected distinct tasks")
+    check(num_tasks > 1 or args.regularizer == "none", "--regularizer: expected two tasks or more")
+    check(len(args.level) in (1, num_tasks), "--level: expected one level, or one per task")
+    levels = args.level if len(args.level) == num_tasks else args.level * num_tasks
+    obs_dim, action_dim = task_sizes(args.tasks)
 
-    # network
-    seed = zlib.crc32(f"{args.seed} student".encode())
-    torch.manual_seed(seed)
-    generator = torch.Generator(device).manual_seed(seed)
-    student = Actor(in_dim, action_dim if bounds is None else 2 * action_dim, args.hidden).to(device)
-    optimizer = torch.optim.Adam(student.parameters(), lr=args.learning_rate, fused=True, capturable=True)
-    modules = {"student": student, "optimizer": optimizer}
-    start, rows = restore(point, total, modules, generator, [table])
-    with expecting("a resume point with all its parts", "--resume"):
-        tau_rows = [[int(n), str(t), int(j), *map(float, v)] for n, t, j, *v in point["tau_rows"]] if point else []
-    ranking_loss = {"ndcg": ndcg_loss, "pairwise": pairwise_loss, "listwise": listwise_loss}.get(args.regularizer)
-    ends, visited = np.cumsum(counts).tolist(), []  # of the tables' rows; the states of an evaluation
+    # files
+    names = [f"{task}-{level}" for task, level in zip(args.tasks, levels, strict=True)]
+    kind = "teacher-gaussian" if args.loss == "kl" else "teacher"
+    teacher_paths = args.teachers or [find_file(f"checkpoints/{x}-{kind}.pt") for x in names]
+    check(len(teacher_paths) == num_tasks, "--teachers: expected one file per task")
+    if args.states == "online":
+        names = [f"{Path(path).stem}-online" for path in teacher_paths]
+    data_paths = args.data or [find_file(f"data/{x}.npz") for x in names]
+    check(len(data_paths) == num_tasks, "--data: expected one file per task")
+
+    # states, and what the frozen teachers say about them
+    states = []
+    labels = []
+    critics = []
+    log_std = []
+    teacher_returns = []
+    for i, task in enumerate(args.tasks):
+        data = load_dataset(data_paths[i], task, obs_dim, action_dim)
+        teacher = load_teacher(teacher_paths[i], task, obs_dim, action_dim)
+        actor = load_actor(teacher).to(device)
+        states.append(torch.from_numpy(data["observations"]).to(device))
+        with torch.no_grad():
+            labels.append(torch.cat([actor(part) for part in states[i].split(65_536)]))
+        if args.loss == "q":
+            critics.append(load_critics(teacher).to(device))
+        log_std.append(teacher["sizes"]["log_std"])  # None of a deterministic teacher
+        teacher_returns.append(np.mean(teacher["returns"][task]))
+        print(f"task {i}: {task}, {len(states[i])} states, teacher {teacher_returns[i]:.1f}")
+    gaussian_teachers = log_std[0] and log_std.count(log_std[0]) == num_tasks
+    check(args.loss != "kl" or gaussian_teachers, "--loss kl: expected Gaussian teachers of a kind")
+
+    # student
+    torch.manual_seed(zlib.crc32(f"{args.seed} student".encode()))
+    if args.task_encoding == "onehot":
+        codes = torch.eye(num_tasks, device=device)  # (task, code)
+    else:
+        codes = torch.arange(num_tasks, device=device).float()[:, None]
+    in_dim = obs_dim + codes.shape[1]
+    out_dim = 2 * action_dim if args.loss == "kl" else action_dim
+    student = Actor(in_dim, out_dim, args.hidden).to(device)
+    adam = partial(Adam, lr=args.learning_rate, fused=True, capturable=args.cuda_graph)
+    optimizer = adam(student.parameters())
+
+    # run folder, resume
+    run_dir = make_run_dir(args, f"{args.loss}-{args.regularizer}-{args.hidden}-{levels[0]}")
+    writer = SummaryWriter(run_dir)
+    start = 0
+    rows = {"returns": [], "losses": [], "tau": []}  # of the CSV files
+    data_key = check_sum(states + labels)
+    if resume_point:
+        check(resume_point["data_key"] == data_key, "--resume: expected the same data and teachers")
+        start = resume_point["step"]
+        rows = resume_point["rows"]
+        student.load_state_dict(resume_point["student"])
+        optimizer.load_state_dict(resume_point["optimizer"])
+        optimizer.param_groups[0]["lr"] = args.learning_rate
+        torch.set_rng_state(resume_point["random_states"][0])
+        torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
 
     def update() -> dict:
-        # sample a batch of every task
-        shape, keywords = (args.batch_size,), {"generator": generator, "device": device}
-        index = [torch.randint(end - n, end, shape, **keywords) for end, n in zip(ends, counts, strict=True)]
-        x, label = table[torch.cat(index)].tensor_split([in_dim], dim=1)
-
-        # student
-        if args.loss == "mse":
-            losses = mse_loss(student, x, label)
-        elif args.loss == "q":
-            losses = q_loss(student, x, critics, obs_dim)
-        else:
-            losses = kl_loss(student, x, label, bounds)
-        loss = losses.mean()
-        by_task = losses.detach().view(m, -1).mean(dim=1)
-        metrics = {f"loss/{args.loss}/{task}": value for task, value in zip(tasks, by_task, strict=True)}
-        if args.regularizer != "none":
-            batches = x[:, :obs_dim].chunk(m)
-            others = [torch.cat([add_task(batches[i], (i + k) % m, onehot) for i in range(m)]) for k in range(1, m)]
-            rank_loss = ranking_regularizer(ranking_loss, student, x, others).mean()
-            loss = loss + args.reg_lambda * rank_loss
-            metrics[f"loss/{args.regularizer}"] = rank_loss.detach()
+        """One gradient step on a batch of every task -> metrics."""
+        metrics = {}
+        total_loss = 0
+        for i, task in enumerate(args.tasks):
+            index = torch.randint(len(states[i]), (args.batch_size,), device=device)
+            obs = states[i][index]
+            label = labels[i][index]
+            x = add_code(obs, codes[i])
+            if args.loss == "mse":
+                loss = mse_loss(student(x), label[:, :action_dim]).mean()
+            elif args.loss == "q":
+                loss = q_loss(student(x), obs, critics[i]).mean()
+            elif args.loss == "kl":
+                loss = kl_loss(student(x), label, log_std[0]).mean()
+            metrics[f"loss/{args.loss}/{task}"] = loss.detach()
+            for j in range(num_tasks):
+                if args.regularizer != "none" and j != i:
+                    ranking_loss = RANKING_LOSSES[args.regularizer]
+                    other_x = add_code(obs, codes[j])
+                    rank_loss = ranking_regularizer(ranking_loss, student, x, other_x).mean()
+                    metrics[f"loss/{args.regularizer}/{task}/{j}"] = rank_loss.detach()
+                    loss = loss + args.reg_lambda * rank_loss / (num_tasks - 1)
+            total_loss = total_loss + loss / num_tasks
         optimizer.zero_grad()
-        loss.backward()
+        total_loss.backward()
         optimizer.step()
-        return metrics | {"loss/total": loss.detach()}
+        return metrics | {"loss/total": total_loss.detach()}
 
-    def policy(i: int, obs: torch.Tensor) -> torch.Tensor:
-        visited.append(obs)
-        return student(add_task(obs, i, onehot))
+    if args.cuda_graph:
+        update = capture(update)
+    progress = tqdm(range(start + 1, args.gradient_steps + 1), desc="student", disable=None)
+    for step in progress:
+        metrics = update()
+        last = step == args.gradient_steps
+        evaluate = last or step % args.eval_every == 0
 
-    updates = in_cuda_graph(update, args.cuda_graph, generator)
-    writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
-    writer.add_text("hyperparameters", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
-    progress = tqdm(range(start + 1, total + 1), total=total, initial=start, desc="distill", unit="step", disable=None)
-    clock = time.time()
-    for now in progress:
-        metrics = updates()
+        # log
+        if evaluate or step % 1000 == 0:
+            log(writer, rows["losses"], step, metrics)
 
-        # log, evaluate, save
-        at_evaluation = now % args.eval_every == 0 or now == total
-        if now % 1000 == 0 or at_evaluation:
-            log(writer, now, metrics | {"speed/steps_per_second": (now - start) / (time.time() - clock)})
-        if at_evaluation:
-            for i, task in enumerate(tasks):
-                visited.clear()
-                rows.append([now, task, evaluate(partial(policy, i), envs[i], device)])
-                states = torch.cat(visited)
-                sample = np.random.default_rng(now).permutation(len(states))[:TAU_STATES]
-                taus = layer_taus(student, states[torch.from_numpy(sample).to(device)], i, m, onehot) if m > 1 else []
-                tau_rows += [[now, task, layer, *values] for layer, values in enumerate(taus, start=1)]
-            text = write_returns(run_dir, writer, rows, references, m) + write_taus(run_dir, writer, tau_rows, now)
-            progress.write(f"{text}; loss {metrics['loss/total'].item():.2g}")
-            save_point(run_dir, now, modules, generator, [table], rows, tau_rows=tau_rows)
-    writer.close()
+        # evaluate
+        if evaluate:
+            num_episodes = args.final_eval_episodes if last else args.eval_episodes
+            returns = {}
+            report = f"step {step}:"
+            for i, task in enumerate(args.tasks):
+                seeds = range(EVAL_SEED, EVAL_SEED + num_episodes)
+                code = codes[i].tolist()
+                episodes = run_episodes(student, task, seeds, args.threads, code=code)
+                returns[task] = log_returns(writer, rows["returns"], step, task, episodes)
+                report += f" {task} {np.mean(returns[task]):.1f} +- {np.std(returns[task]):.1f}"
+                report += f" (teacher {teacher_returns[i]:.1f})"
+                visited = np.concatenate([episode["observations"] for episode in episodes])
+                sample = np.random.default_rng(step).choice(visited, TAU_STATES, replace=False)
+                obs = torch.from_numpy(sample).to(device)
+                for j, other_task in enumerate(args.tasks):
+                    taus = layer_taus(student, obs, codes[i], codes[j]) if j != i else []
+                    for layer, tau in enumerate(taus, start=1):
+                        mean = tau.mean().item()
+                        rows["tau"].append([step, task, other_task, layer, mean, tau.std().item()])
+                        writer.add_scalar(f"tau/{task}/{other_task}/{layer}", mean, step)
+                        report += f", tau of layer {layer} {mean:.2f}"
+            progress.write(report)
+            progress.set_postfix({task: f"{np.mean(returns[task]):.0f}" for task in args.tasks})
 
-    # final evaluation, checkpoint
-    envs = [make_envs(task, args.final_eval_episodes) for task in tasks]
-    returns = {task: evaluate(partial(policy, i), envs[i], device) for i, task in enumerate(tasks)}
-    sizes = {"in_dim": in_dim, "obs_dim": obs_dim, "action_dim": action_dim, "hidden": args.hidden, "log_std": bounds}
-    sizes |= {"layer_norm": False, "task_encoding": args.task_encoding}
-    levels = [args.level[i % len(args.level)] for i in range(m)]
-    checkpoint = {"schema_version": SCHEMA_VERSION, "kind": "student", "tasks": list(tasks), "level": levels}
-    checkpoint |= {"args": vars(args), "step": args.gradient_steps, "sizes": sizes, "returns": returns}
-    write_atomic(output, partial(torch.save, checkpoint | {"actor": student.state_dict(), "versions": VERSIONS}))
-    files = [str(path) for path in (output, run_dir / "returns.csv", run_dir / "tau.csv")]
-    taus = {task: [round(row[3], 3) for row in tau_rows[-2 * m :] if row[1] == task] for task in tasks}
-    found = {t: {"mean": round(np.mean(v), 1), "std": round(np.std(v), 1)} | references[t] for t, v in returns.items()}
-    result = {"returns": found, "files": files, "run_dir": str(run_dir), "tau": taus}
-    print("RESULT", json.dumps(result | {"seconds": round(time.time() - clock)}))
-
-
-# ==================================== the method ends here; below: inputs, evaluation, files, command line, CUDA graph
-def load_inputs(args, sizes: tuple, onehot: int, device):
-    """Check the flags, read the teachers and states -> (table of rows (s, i, what the teacher says), one task below the
-    other; rows per task; critics for q; bounds of log std for kl; {task: {"teacher": return}}; the files read)."""
-    tasks, m = args.tasks, len(args.tasks)
-    fits = len(set(tasks)) == m and len({task.partition("-")[0] for task in tasks}) == 1
-    require(fits, f"--tasks: expected distinct tasks of one domain, found {', '.join(tasks)}")
-    fits = len(args.level) in (1, m) and len(args.data) in (0, m) and len(args.teachers) in (0, m)
-    require(fits, f"--level, --data, --teachers: expected one per task ({m}: {', '.join(tasks)})")
-    offline, online = args.states == ("offline",), args.states == ("online",)
-    fits = offline or (not args.data and (online or len(args.states) == m))
-    require(fits, f"--states: expected offline, or without --data online or one file per task, found {args.states}")
-    require(m > 1 or args.regularizer == "none", "--regularizer: expected two or more tasks, it compares task ids")
-    tables, critics, references, bounds, paths = [], [], {}, None, []
-    kl = " --actor gaussian" if args.loss == "kl" else ""
-    for i, task in enumerate(tasks):
-        level = args.level[i % len(args.level)]
-        hint = f"python mop_pbrl_teacher.py --task {task} --level {level}{kl}"
-        name = f"{task}-{level}-teacher{'-gaussian' if kl else ''}.pt"
-        teacher_path = args.teachers[i] if args.teachers else find_file("checkpoints", name, hint)
-        teacher = load_checkpoint(teacher_path, ("teacher",), task)
-        actor, found = load_network(Actor, teacher, teacher_path).to(device), teacher["sizes"].get("log_std")
-        critics += [load_network(Critics, teacher, teacher_path).to(device)] if args.loss == "q" else []
-        bounds = list(found) if kl and i == 0 and found else bounds
-        fits = not kl or (found and list(found) == bounds)
-        require(fits, f"{teacher_path}: expected Gaussian teachers of one kind, found log std {found}; {hint}")
-        stem = f"{Path(teacher_path).stem}-online" if online else f"{task}-{level}"
-        hint = f"python mop_td3_collect.py {f'--policy {teacher_path} --mix online' if online else f'--task {task}'}"
-        files = args.data or (() if offline or online else args.states)
-        path = files[i] if files else find_file("data", f"{stem}.npz", hint)
-        data, _ = load_dataset(path, task if offline or online else None, sizes)
-        found = actor.net[0].in_features
-        require(found == sizes[0], f"{teacher_path}: expected a teacher of {sizes[0]} observations, found {found}")
-        obs = torch.from_numpy(data["observations"]).to(device)
-        width = {"mse": sizes[1], "q": 0, "kl": 2 * sizes[1]}[args.loss]  # for mse, of a Gaussian teacher the mean
-        said = torch.cat([actor(part)[:, :width] for part in obs.split(65_536)])
-        tables.append(torch.cat([add_task(obs, i, onehot), said], dim=1))
-        references[task] = {"teacher": round(float(np.mean(teacher["returns"][task])), 1)}
-        paths += [teacher_path, path]
-        print(f"task {i}: {task}, {len(obs)} states, teacher's return {references[task]['teacher']:.1f}")
-    return torch.cat(tables), [len(part) for part in tables], critics, bounds, references, paths
+        # save
+        if last:
+            checkpoint = {
+                "schema_version": SCHEMA_VERSION,
+                "kind": "student",
+                "tasks": list(args.tasks),
+                "level": list(levels),
+                "args": vars(args),
+                "step": step,
+                "sizes": {
+                    "in_dim": in_dim,
+                    "obs_dim": obs_dim,
+                    "action_dim": action_dim,
+                    "hidden": args.hidden,
+                    "log_std": log_std[0] if args.loss == "kl" else None,
+                    "layer_norm": False,
+                    "task_encoding": args.task_encoding,
+                },
+                "returns": returns,
+                "actor": student.state_dict(),
+                "versions": VERSIONS,
+            }
+            save(run_dir / "student.pt", checkpoint)
+        if evaluate:
+            write_csv(run_dir / "returns.csv", "step,task,episode,return", rows["returns"])
+            write_csv(run_dir / "losses.csv", "step,metric,value", rows["losses"])
+            tau_header = "step,task,other_task,layer,tau_a_mean,tau_a_std"
+            write_csv(run_dir / "tau.csv", tau_header, rows["tau"])
+            resume_point = {
+                "kind": f"resume point of {Path(__file__).name}",
+                "args": vars(args) | absolute(data=data_paths, teachers=teacher_paths),
+                "device": device.type,
+                "step": step,
+                "data_key": data_key,
+                "rows": rows,
+                "student": student.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "random_states": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+            }
+            save(run_dir / "resume.pt", resume_point)
+    print(f"wrote student.pt, returns.csv, losses.csv and tau.csv in {run_dir}")
 
 
-def write_taus(run_dir: Path, writer: SummaryWriter, rows: list, now: int) -> str:
-    """tau.csv of rows (step, task, layer, tau-a's mean and std, tau-b's mean); TensorBoard's and text of this step."""
-    lines = [("step", "task", "layer", "tau_a_mean", "tau_a_std", "tau_b_mean"), *rows]
-    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-    write_atomic(run_dir / "tau.csv", lambda file: file.write(text.encode()))
-    last = [row for row in rows if row[0] == now]
-    for _, task, layer, tau, *_ in last:
-        writer.add_scalar(f"tau_layer{layer}/{task}", tau, now)
-    return f"; tau {', '.join(f'{row[3]:.2f}' for row in last)}" if last else ""
+# =============================== the method ends here; below: command line, episodes, files, CUDA
+def parse_args():
+    """The command line -> (args, resume point or None, device).
+
+    --scale laptop and --resume change the defaults; flags that are given win over both.
+    """
+    args = tyro.cli(Args, description=__doc__)
+    resume_point = None
+    if args.scale == "laptop":
+        laptop_args = replace(Args(), scale="laptop", **LAPTOP)
+        args = tyro.cli(Args, description=__doc__, default=laptop_args)
+    if args.resume:
+        kind = f"resume point of {Path(__file__).name}"
+        resume_point = read_pt(Path(args.resume) / "resume.pt", kind)
+        args = tyro.cli(Args, description=__doc__, default=Args(**resume_point["args"]))
+        args.run_dir = args.resume
+    cuda = torch.cuda.is_available()
+    check(cuda or args.device != "cuda", "--device cuda: no CUDA device was found")
+    device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
+    if args.resume:
+        same = resume_point["device"] == device.type
+        check(same, f"--resume: expected a run on {device.type}, found {resume_point['device']}")
+    args.threads = args.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    return args, resume_point, device
 
 
-def make_envs(task: str, n: int) -> list:
-    """n dm_control environments of DOMAIN-TASK, with flat observations; fail where the scripts cannot handle it."""
+def find_file(path: str) -> str:
+    """The path, else the bundled file of that name in pretrained/, here or above this script."""
+    candidates = [Path(path)]
+    for folder in Path(__file__).resolve().parents:
+        candidates.append(folder / "pretrained" / Path(path).name)
+    for candidate in candidates:
+        if candidate.is_file():
+            return str(candidate)
+    script = "mop_td3_collect.py" if path.startswith("data/") else "mop_pbrl_teacher.py"
+    check(False, f"{path}: not found, nor in pretrained/; {script} makes it")
+
+
+def make_run_dir(args, name: str) -> Path:
+    """The run's folder, a new or an empty one unless it is resumed or overwritten."""
+    default = f"runs/{Path(__file__).stem}-{name}-seed{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = Path(args.run_dir or default).expanduser()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    free = args.resume or args.overwrite or not any(run_dir.iterdir())
+    check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
+    return run_dir
+
+
+@cache
+def make_env(task: str):
+    """dm_control's environment of DOMAIN-TASK with flat observations, one per process."""
     domain, _, name = task.partition("-")
-    hint = ", ".join(f"{d}-{t}" for d, t in suite.ALL_TASKS if d == domain) or "for example walker-walk"
-    require((domain, name) in suite.ALL_TASKS, f"task {task}: expected DOMAIN-TASK of the dm_control suite: {hint}")
-    envs = [suite.load(domain, name, environment_kwargs={"flat_observation": True}) for _ in range(n)]
-    action = envs[0].action_spec()
-    fits = np.all(action.minimum == -1) and np.all(action.maximum == 1) and np.isfinite(envs[0]._step_limit)
-    require(fits, f"task {task}: expected actions in [-1, 1] and a time limit, found other bounds or no limit")
-    return envs
+    check((domain, name) in suite.ALL_TASKS, f"task {task}: not one of the dm_control suite")
+    env = suite.load(domain, name, environment_kwargs={"flat_observation": True})
+    bounds = env.action_spec()
+    fits = np.all(bounds.minimum == -1) and np.all(bounds.maximum == 1)
+    check(fits, f"task {task}: expected actions in [-1, 1], found other bounds")
+    return env
+
+
+def task_sizes(tasks) -> tuple[int, int]:
+    """Sizes of observations and actions, which all tasks have in common."""
+    sizes = {}
+    for task in tasks:
+        env = make_env(task)
+        obs_dim = env.observation_spec()["observations"].shape[0]
+        sizes[task] = (obs_dim, env.action_spec().shape[0])
+    alike = len(set(sizes.values())) == 1
+    check(alike, f"--tasks: expected the same sizes of observations and actions, found {sizes}")
+    return sizes[tasks[0]]
+
+
+def run_episodes(policy: nn.Module, task: str, seeds, workers: int, **options) -> list[dict]:
+    """An episode per seed, spread over worker processes -> the dicts of `run_episode`.
+
+    An episode depends on the policy, its seed and the options only, not on the workers.
+    """
+    run = partial(run_episode, pickle.dumps(deepcopy(policy).cpu()), task, **options)
+    episodes = map(run, seeds) if workers == 1 else make_workers(workers).map(run, seeds)
+    return list(tqdm(episodes, desc=task, total=len(seeds), leave=False, disable=None))
+
+
+@cache
+def make_workers(workers: int) -> ProcessPoolExecutor:
+    """Processes that stay for the whole run, since to start them takes seconds."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker)
+
+
+def start_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
 
 
 @torch.no_grad()
-def evaluate(policy, envs: list, device: torch.device) -> list[float]:
-    """Return of one episode in each environment, from fixed initial states, all stepped together; policy: (n, obs) ->
-    (n, act or more) tensors, of which a Gaussian policy's mean comes first."""
-    for e, env in enumerate(envs):
-        env.task.random.seed(EVAL_SEED + e)
-    steps, returns, action_dim = [env.reset() for env in envs], np.zeros(len(envs)), envs[0].action_spec().shape[0]
-    while not steps[0].last():  # all episodes have the same time limit
-        obs = torch.from_numpy(np.stack([step.observation["observations"] for step in steps])).float()
-        actions = policy(obs.to(device))[:, :action_dim].cpu().numpy()
-        steps = [env.step(action) for env, action in zip(envs, actions, strict=True)]
-        returns += np.array([step.reward for step in steps], np.float32)
-    return returns.tolist()
+def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
+    """One whole episode, the policy on the CPU with one state at a time.
+
+    pickled: the policy, (1, obs + code) -> (1, act), of a Gaussian one the mean comes first;
+    seed: of the initial state; code: the task id as the policy reads it. Returns arrays:
+    observations (T + 1, obs), actions (T, act), rewards (T,), physics (T + 1, state).
+    """
+    policy = pickle.loads(pickled)
+    env = make_env(task)
+    env.task.random.seed(seed)
+    time_step = env.reset()
+    obs = flat(time_step)
+    action_dim = env.action_spec().shape[0]
+    episode = {"observations": [obs], "actions": [], "rewards": []}
+    episode["physics"] = [env.physics.get_state()]
+    while not time_step.last():
+        x = torch.from_numpy(np.append(obs, code).astype(np.float32))
+        action = policy(x[None])[0, :action_dim].numpy()
+        time_step = env.step(action)
+        obs = flat(time_step)
+        episode["observations"].append(obs)
+        episode["actions"].append(action)
+        episode["rewards"].append(time_step.reward)
+        episode["physics"].append(env.physics.get_state())
+    return {name: np.array(values) for name, values in episode.items()}
 
 
-def require(condition, message: str) -> None:
-    """One clear line on standard error and exit code 1, no traceback, unless the condition holds."""
+def flat(time_step) -> np.ndarray:
+    """The observation of a time step of dm_control, (obs,) float32."""
+    return time_step.observation["observations"].astype(np.float32)
+
+
+def load_dataset(path, task: str, obs_dim: int, action_dim: int) -> dict:
+    """The arrays of a dataset .npz and its metadata, as in docs/formats.md, all checked."""
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # np.load compares check sums of what it reads only
+        with np.load(path, allow_pickle=False) as file:
+            data = {name: file[name] for name in DATASET}
+            metadata = json.loads(str(file["metadata"]))
+        known = metadata["schema_version"] == SCHEMA_VERSION and metadata["task"] == task
+    except Exception as error:
+        check(False, f"{path}: expected a dataset as in docs/formats.md; found {error!r:.300}")
+    check(damaged is None, f"{path}: damaged bytes in {damaged}")
+    check(known, f"{path}: expected data of {task}, schema {SCHEMA_VERSION}; found {metadata}")
+    num_rows = len(data["rewards"])
+    widths = {"observations": obs_dim, "actions": action_dim, "next_observations": obs_dim}
+    for name, dtype in DATASET.items():
+        found = data[name]
+        shape = (num_rows, widths[name]) if name in widths else (num_rows, *found.shape[1:])
+        fits = found.shape == shape and found.dtype.kind == np.dtype(dtype).kind
+        check(fits, f"{path}: {name}: expected {dtype} {shape}, found {found.dtype} {found.shape}")
+        data[name] = np.ascontiguousarray(found, dtype)
+        check(np.isfinite(data[name]).all(), f"{path}: {name}: found NaN or infinite values")
+    check(np.abs(data["actions"]).max() <= 1, f"{path}: expected actions in [-1, 1]")
+    return data | {"metadata": metadata}
+
+
+def read_pt(path, *kinds: str) -> dict:
+    """A checkpoint or resume point of one of the kinds, read without running pickled code."""
+    expected = " or ".join(kinds)
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not compare check sums
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        kind = content["kind"]
+    except Exception as error:
+        check(False, f"{path}: expected a {expected}, a .pt file; found {error!r:.300}")
+    check(damaged is None, f"{path}: damaged bytes in {damaged}")
+    check(kind in kinds, f"{path}: expected a {expected}, found a {kind}")
+    check_finite(path, content)
+    return content
+
+
+def load_teacher(path, task: str, obs_dim: int, action_dim: int) -> dict:
+    """A teacher's checkpoint, as in docs/formats.md, of the task and its sizes."""
+    teacher = read_pt(path, "teacher")
+    found = (teacher["tasks"], teacher["sizes"]["in_dim"], teacher["sizes"]["action_dim"])
+    expected = ([task], obs_dim, action_dim)
+    check(found == expected, f"{path}: expected (task, obs, actions) {expected}, found {found}")
+    return teacher
+
+
+def load_actor(checkpoint: dict) -> Actor:
+    """The frozen policy of a checkpoint."""
+    sizes = checkpoint["sizes"]
+    out_dim = sizes["action_dim"] * (2 if sizes["log_std"] else 1)
+    actor = Actor(sizes["in_dim"], out_dim, sizes["hidden"])
+    actor.load_state_dict(checkpoint["actor"])
+    return actor.requires_grad_(False)
+
+
+def load_critics(teacher: dict) -> Critics:
+    """The frozen critics of a teacher's checkpoint."""
+    sizes = teacher["sizes"]
+    num_critics = len(teacher["critics"]["w1"])
+    critics = Critics(num_critics, sizes["obs_dim"], sizes["action_dim"], sizes["hidden"])
+    critics.load_state_dict(teacher["critics"])
+    return critics.requires_grad_(False)
+
+
+def log(writer: SummaryWriter, rows: list, step: int, metrics: dict) -> None:
+    """Metrics to TensorBoard and to the rows of losses.csv; stop at one that is not finite."""
+    for name, value in metrics.items():
+        value = float(value)
+        check(math.isfinite(value), f"step {step}: {name} is {value}; try a lower learning rate")
+        writer.add_scalar(name, value, step)
+        rows.append([step, name, value])
+
+
+def log_returns(writer: SummaryWriter, rows: list, step: int, task: str, episodes: list) -> list:
+    """Episode returns, also to TensorBoard (their mean) and to the rows of returns.csv."""
+    returns = [float(episode["rewards"].sum()) for episode in episodes]
+    for e, value in enumerate(returns):
+        rows.append([step, task, e, value])
+    writer.add_scalar(f"return/{task}", np.mean(returns), step)
+    return returns
+
+
+def write_csv(path: Path, header: str, rows: list) -> None:
+    """The rows as a CSV file that appears whole."""
+    temporary = path.with_name(f".{path.name}")
+    lines = [header] + [",".join(map(str, row)) for row in rows]
+    temporary.write_text("\n".join(lines) + "\n")
+    os.replace(temporary, path)
+
+
+def save(path: Path, content: dict) -> None:
+    """The content as a .pt file that appears whole; stop where a number in it is not finite."""
+    check_finite(path.name, content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def check_finite(name, content) -> None:
+    """Stop at the first tensor of a nested dict that holds NaN or infinite values."""
+    if isinstance(content, dict):
+        for key, part in content.items():
+            check_finite(f"{name}: {key}", part)
+    if isinstance(content, torch.Tensor):
+        check(content.isfinite().all(), f"{name}: NaN or infinite values")
+
+
+def absolute(**flags) -> dict:
+    """Flags that name a file or files, so that they mean the same in another folder."""
+    paths = {}
+    for flag, value in flags.items():
+        several = isinstance(value, list | tuple)
+        paths[flag] = tuple(map(os.path.abspath, value)) if several else os.path.abspath(value)
+    return paths
+
+
+def check_output(path: Path, args) -> None:
+    """Stop before training where a file would be replaced."""
+    free = args.overwrite or args.resume or not path.exists()
+    check(free, f"{path}: exists; pass --overwrite to replace it")
+
+
+def check_sum(tensors: list) -> int:
+    """CRC of the data that a run learns from, to compare when it is resumed."""
+    crc = 0
+    for tensor in tensors:
+        crc = zlib.crc32(tensor.cpu().numpy(), crc)
+    return crc
+
+
+def check(condition, message: str) -> None:
+    """Stop with one line on standard error and exit code 1 unless the condition holds."""
     if not condition:
         raise SystemExit(f"{Path(sys.argv[0]).name}: error: {message}")
 
 
-@contextmanager
-def expecting(what: str, subject):
-    """Whatever fails inside becomes one line: its subject (a file, a flag), what was expected of it, what was found."""
-    try:
-        yield
-    except Exception as error:
-        kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-        require(False, f"{subject}: expected {what}; found {kind}{' '.join(str(error).split())[:300]}")
+def capture(function):
+    """function, from its fourth call on replayed as one CUDA graph: the same kernels on the same
+    memory, without Python between them. Its tensor arguments are copied to where the graph reads
+    them; what it returns is overwritten by the next call.
+    """
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    calls = 0
+    inputs = None
+    outputs = None
 
+    def call(*arguments):
+        nonlocal calls, inputs, outputs
+        calls += 1
+        if calls <= 3:  # states that are made lazily come to be outside the graph
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = function(*arguments)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if calls == 4:
+            inputs = [argument.clone() for argument in arguments]
+            with torch.cuda.graph(graph, stream=stream):
+                outputs = function(*inputs)  # recorded, not run
+        for kept, argument in zip(inputs, arguments, strict=True):
+            kept.copy_(argument)
+        graph.replay()
+        return outputs
 
-def find_file(folder: str, name: str, hint: str) -> Path:
-    """folder/name, else the bundled pretrained/name beside this script (and say so); fail with the hint otherwise."""
-    path, bundled = Path(folder) / name, Path(__file__).resolve().parent / "pretrained" / name
-    require(path.is_file() or bundled.is_file(), f"{path}: not found, nor in pretrained/; make it with: {hint}")
-    if path.is_file():
-        return path
-    print(f"{path} is not there: using the bundled pretrained/{name}")
-    return bundled
-
-
-def load_dataset(path, task: str | None, sizes: tuple) -> tuple[dict, dict]:
-    """Read a dataset .npz and check it, for the sizes (obs, act) and, if given, the task -> (arrays, metadata)."""
-    hint = f"python mop_td3_collect.py --task {task or 'TASK'}"
-    text = f"a dataset .npz with metadata as in docs/formats.md, no pickled objects (made by {hint})"
-    with expecting(text, path), np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
-        file = np.load(path, allow_pickle=False)
-        data, metadata = {name: file[name] for name in DATASET}, json.loads(str(file["metadata"]))
-        assert metadata["schema_version"] == SCHEMA_VERSION, f"schema version {metadata['schema_version']}"
-        assert task in (None, metadata["task"]), f"data of {metadata['task']}, not of {task}"
-        assert np.isfinite(sum(r := metadata["episode_returns"]) / len(r)), "episode_returns that are not all finite"
-        n = data["rewards"].size
-        for name, (dtype, ndim) in DATASET.items():
-            array, kind = data[name], np.dtype(dtype).kind
-            fits = array.dtype.kind == kind and array.ndim == ndim and len(array) == n and array.size > 0
-            assert fits, f"{name}: {array.dtype} with shape {array.shape} (rewards: {n} rows)"
-            data[name] = array.astype(dtype, copy=False)
-            finite = np.isfinite(data[name].reshape(n, -1)).all(axis=1)
-            assert finite.all(), f"{name}: a NaN or infinite value, first in row {finite.argmin()}"
-        found, wanted = [data[k].shape[1] for k in ("observations", "actions", "next_observations")], [*sizes, sizes[0]]
-        assert found == wanted, f"observations, actions and next_observations of {found} values, not {wanted}"
-        assert np.abs(data["actions"]).max() <= 1, f"actions outside [-1, 1]: {np.abs(data['actions']).max():.4g}"
-    return data, metadata
-
-
-def load_checkpoint(path, kinds: tuple[str, ...], task: str | None = None) -> dict:
-    """Read a checkpoint (docs/formats.md) and check it, of one of the kinds, and of the task if given."""
-    with expecting("a readable checkpoint of these scripts, without pickled objects (those are refused)", path):
-        assert zipfile.ZipFile(path).testzip() is None, "damaged bytes"  # torch.load does not compare check sums
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found, tasks, _, _ = (checkpoint[key] for key in ("schema_version", "tasks", "level", "step"))
-        assert found == SCHEMA_VERSION, f"schema version {found}, not {SCHEMA_VERSION}"
-        assert checkpoint["kind"] in kinds, f"kind {checkpoint['kind']}, not {' or '.join(kinds)}"
-        assert task is None or tasks == [task], f"{', '.join(tasks)}, not {task}"
-        assert all(np.isfinite(sum(r := checkpoint["returns"][t]) / len(r)) for t in tasks), "returns not all finite"
-    return checkpoint
-
-
-def load_network(cls, checkpoint: dict, path) -> nn.Module:
-    """The frozen Actor or Critics of a checkpoint, built without memory until the weights are known to fit."""
-    with expecting("weights and sizes that fit together", path), torch.device("meta"):
-        sizes, weights = checkpoint["sizes"], checkpoint["actor" if cls is Actor else "critics"]
-        if cls is Actor:
-            assert sizes.get("log_std") is None or len(sizes["log_std"]) == 2, f"log_std {sizes['log_std']}"
-            out_dim = sizes["action_dim"] * (2 if sizes.get("log_std") else 1)
-            network = Actor(sizes["in_dim"], out_dim, sizes["hidden"])
-        else:
-            network = Critics(len(weights["w1"]), sizes["obs_dim"], sizes["action_dim"], sizes["hidden"])
-        network.load_state_dict(weights, assign=True)
-        sane = all(w.is_floating_point() and (w.abs() < 1e6).all() for w in network.parameters())
-        assert sane, "weights that are NaN, infinite or beyond a million"
-    return network.float().requires_grad_(False)
-
-
-def write_atomic(path, write) -> None:
-    """Call write(temporary file object beside path), then rename: a reader sees the old file or the whole new one."""
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-    with expecting("free space and a folder you may write to", path):
-        try:
-            with open(temporary, "wb") as file:
-                write(file)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def save_point(run_dir: Path, step: int, modules: dict, generator, tables, rows: list, **more) -> None:
-    """Write the run's resume point: everything that restore puts back or compares, and more; only if it is finite."""
-    require(all_finite(modules), f"step {step}: weights or Adam's states are not finite; try a lower learning rate")
-    state = {name: module.state_dict() for name, module in modules.items()} | more
-    state |= {"script": Path(__file__).stem, "argv": sys.argv[1:], "step": step, "rows": rows}
-    state |= {"data_key": [zlib.crc32(table.cpu().numpy()) for table in tables], "generator": generator.get_state()}
-    write_atomic(run_dir / "resume.pt", partial(torch.save, state))
-
-
-def all_finite(modules: dict) -> bool:
-    """Whether the weights of the networks and Adam's states are."""
-    states = [s for module in modules.values() for s in getattr(module, "state", {}).values()]
-    weights = [module.parameters() for module in modules.values() if isinstance(module, nn.Module)]
-    return all(x.isfinite().all() for values in [*weights, *(s.values() for s in states)] for x in values)
-
-
-def restore(point: dict | None, steps: int, modules: dict, generator, tables) -> tuple[int, list]:
-    """Put a resume point's networks, optimisers and random numbers back -> (steps done, evaluations); None: (0, [])."""
-    if point is None:
-        return 0, []
-    with expecting("a resume point that fits the arguments and the data", "--resume"):
-        assert point["data_key"] == [zlib.crc32(table.cpu().numpy()) for table in tables], "one of other data"
-        assert point["step"] in range(1, steps + 1), f"{point['step']} steps done of {steps}"
-        for name, module in modules.items():  # Adam with the learning rate of these arguments
-            module.load_state_dict(point[name] | {k: v for k, v in module.state_dict().items() if k == "param_groups"})
-            for parameter, state in getattr(module, "state", {}).items():  # Adam's, whose shapes torch does not check
-                assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape, f"other shapes in {name}"
-        assert all_finite(modules), "weights or Adam's states that are not finite"
-        generator.set_state(point["generator"])
-        return int(point["step"]), [[int(now), str(task), list(map(float, v))] for now, task, v in point["rows"]]
-
-
-def parse_args(cls, laptop: dict):
-    """Command line -> (arguments, resume point or None, device); --resume puts the stored command line before this one,
-    --scale gives the defaults of the flags. Sets torch's CPU threads (0: all cores) and precision."""
-    parse = partial(tyro.cli, cls, description=sys.modules[cls.__module__].__doc__)
-    args, point = parse(), None
-    if args.resume is not None:
-        path = Path(args.resume) / "resume.pt"
-        with expecting(f"a run folder with a resume point of {Path(__file__).name}", f"--resume {args.resume}"):
-            assert zipfile.ZipFile(path).testzip() is None, "damaged bytes"
-            point = torch.load(path, map_location="cpu", weights_only=True)
-            assert point["script"] == Path(__file__).stem, f"one of {point['script']}.py"
-            sys.argv[1:] = [*map(str, point["argv"]), *sys.argv[1:], "--run-dir", args.resume]
-        args = parse()
-    if args.scale == "laptop":
-        args = parse(default=replace(cls(), **laptop, scale="laptop"))
-        print("--scale laptop:", *(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in laptop))
-    for name, value in vars(args).items():
-        if isinstance(value, int | float):
-            low, high = 0 if name in MAY_BE_ZERO or isinstance(value, bool) else "above 0", LIMITS.get(name, 2**31 - 1)
-            fits = 0 <= value <= high and (value > 0 or low == 0)  # not so of NaN
-            require(fits, f"--{name.replace('_', '-')}: expected a number from {low} to {high}, found {value}")
-    cuda = torch.cuda.is_available()
-    require(args.device != "cuda" or cuda, "--device cuda: no CUDA device was found; use --device cpu")
-    torch.set_num_threads(args.threads or os.cpu_count())
-    torch.set_float32_matmul_precision(args.matmul_precision)
-    with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
-        for option, value in ((-1, 2**30), (-3, 2**26)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
-    return args, point, torch.device("cuda" if args.device != "cpu" and cuda else "cpu")
-
-
-def prepare_outputs(args, name: str | None, outputs: list[Path], inputs: list) -> Path:
-    """Make the run's folder (if named) and those of the outputs; fail where something would be lost or not written."""
-    run_dir = Path(args.run_dir or f"runs/{Path(__file__).stem}-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if args.resume is None and name:
-        empty = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
-        hint = "choose another, or continue a run that has a resume.pt with --resume"
-        require(empty, f"--run-dir {run_dir}: expected an empty folder or a new one; {hint}")
-    taken = [*inputs, *(run_dir / part for part in ("", ".lock", "resume.pt", "returns.csv", "tau.csv"))]
-    for path in outputs:
-        require(not path.exists() or args.resume or args.overwrite, f"{path}: exists; pass --overwrite to replace it")
-        fits = path.resolve() not in [Path(x).resolve() for x in taken] and (path.is_file() or not path.exists())
-        require(fits, f"{path}: expected a file to write, found an input, a part of {run_dir}, or no plain file")
-    for path in [*outputs, *([run_dir / "resume.pt"] if name else [])]:
-        with expecting("a folder that can be made and written, and no other run that will write this file", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            assert os.access(path.parent, os.W_OK), "no permission"
-            lock = os.open(path.parent / ".lock", os.O_CREAT | os.O_RDWR)  # a byte per file, till the process ends
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, zlib.crc32(path.name.encode()))
-
-    def stop(number, frame):
-        hint = f"; continue with --resume {run_dir}" if (run_dir / "resume.pt").exists() else ", without a resume point"
-        print(f"{Path(sys.argv[0]).name}: stopped{hint}", file=sys.stderr)
-        sys.exit(128 + number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C; kill
-        signal.signal(number, stop)
-    return run_dir
-
-
-def log(writer: SummaryWriter, step: int, metrics: dict) -> dict:
-    """Write () tensors and numbers to TensorBoard, return them as numbers; stop at one that is NaN or infinite."""
-    values = {name: float(value) for name, value in metrics.items()}
-    for name, value in values.items():
-        hint = "training diverged, the last resume point is from before; try a lower learning rate"
-        require(np.isfinite(value), f"step {step}: {name} is {value}: {hint}")
-        writer.add_scalar(name, value, step)
-    return values
-
-
-def write_returns(run_dir: Path, writer: SummaryWriter, rows: list, references: dict, new: int) -> str:
-    """returns.csv of rows (step, task, episode returns); of the `new` last ones TensorBoard's means, and text."""
-    lines = [f"{step},{task},{e},{value:.4f}\n" for step, task, values in rows for e, value in enumerate(values)]
-    write_atomic(run_dir / "returns.csv", lambda f: f.write("".join(["step,task,episode,return\n", *lines]).encode()))
-    texts = [f"step {rows[-1][0]}:"]
-    for step, task, values in rows[-new:]:
-        writer.add_scalar(f"return/{task}", np.mean(values), step)
-        beside = ", ".join(f"{name} {value:.1f}" for name, value in references.get(task, {}).items())
-        texts.append(f"{task} {np.mean(values):.1f} +- {np.std(values):.1f}{beside and f' ({beside})'}")
-    return " ".join(texts)
-
-
-def in_cuda_graph(update, enabled: bool, generator: torch.Generator):
-    """update itself, or if enabled on CUDA a call that replays it as one CUDA graph: the same kernels on the same
-    memory without Python between them, so that what a call returns is overwritten by the next one."""
-    if not enabled or generator.device.type != "cuda":
-        return update
-
-    def calls():
-        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        graph.register_generator_state(generator)
-        for _ in range(3):  # run eagerly: lazily made states and workspaces come to be outside the graph
-            torch.cuda.synchronize()
-            with torch.cuda.stream(side):
-                result = update()
-            torch.cuda.synchronize()
-            yield result
-        with torch.cuda.graph(graph, stream=side):
-            result = update()  # recorded, not run
-        while True:
-            graph.replay()
-            yield result
-
-    return calls().__next__
+    return call
 
 
 if __name__ == "__main__":

@@ -1,569 +1,729 @@
-"""PBRL teachers from offline data: stage 2 of MOP (van Lith 2024, section 5.1.1).
-
-Pessimistic Bootstrapping for offline RL (Bai et al. 2022, arXiv 2202.11566) on one dataset, without the environment
-(which serves for evaluation only). Uncertainty is the disagreement of K critics, U(s, a) = std_k Q_k(s, a).
+"""PBRL teachers from offline data: stage 2 of MOP.
 
   python mop_pbrl_teacher.py --task walker-walk --level medium
 
-Critic k, data rows:  y = r + gamma * (Q-_k(s', a') - beta_in * U-(s', a')),  a' = clip(pi-(s') + clip(eps, -c, c))
-Critic k, OOD rows:   y = max(Q_k(s, a~) - beta_ood * U(s, a~), 0), a~ around pi(s) and around pi(s'); stop-gradient
-           L_k = mean (Q_k - y)^2 over the data rows + the same over the OOD rows;  - = target network
-Actor, every 2nd step: maximise mean min_k Q_k(s, pi(s)).   beta_ood decays 3 -> 0.1 by 0.99995 a step.
-In:  data/<task>-<level>.npz (mop_td3_collect.py).
-Out: checkpoints/<task>-<level>-teacher.pt with actor and critics, and the run's folder under runs/.
+Pessimistic Bootstrapping for offline RL: K critics and an actor learn from one dataset; the
+environment serves for evaluation only. The disagreement of the critics is the uncertainty
+U(s, a) = std_k Q_k(s, a). With - for target networks, critic k minimises the squared errors
+
+  in distribution:      (Q_k(s, a) - r - gamma (Q-_k(s', a') - beta_in U-(s', a')))^2
+  out of distribution:  (Q_k(s, b) - max(Q_k(s, b) - beta_ood U(s, b), 0))^2
+
+where a' = pi-(s') + noise, the actions b lie around pi(s) and pi(s'), no gradient flows through
+a target, and beta_ood decays. Every second step the actor maximises min_k Q_k(s, pi(s)).
+
+Source: Bai et al. 2022 (arXiv 2202.11566); van Lith 2024, section 5.1.1.
+
+In: data/<task>-<level>.npz of mop_td3_collect.py, else the bundled file in pretrained/.
+
+Out: checkpoints/<task>-<level>-teacher.pt with actor and critics, and in the run's folder under
+runs/ returns.csv, losses.csv and TensorBoard logs.
 """
 
-import ctypes
-import fcntl
 import json
+import math
 import os
+import pickle
 import signal
 import sys
-import time
 import zipfile
 import zlib
-from contextlib import contextmanager, suppress
+from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
+from datetime import datetime
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("MUJOCO_GL", "disable")  # nothing is rendered here
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it, until the run has a folder
 import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import tyro
-from dm_control import suite
+from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+if __name__ == "__main__":
+    os.environ["MUJOCO_GL"] = "disable"  # nothing is rendered here, whatever the shell asks for
+from dm_control import suite
+
 SCHEMA_VERSION = 1  # of datasets and checkpoints
-EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; training and collection stay below
+VERSIONS = {
+    "torch": str(torch.__version__),
+    "numpy": np.__version__,
+    "mujoco": mujoco.__version__,
+}
+DATASET = {  # arrays of a dataset and their types
+    "observations": "float32",
+    "actions": "float32",
+    "rewards": "float32",
+    "next_observations": "float32",
+    "terminals": "bool",
+    "timeouts": "bool",
+    "physics": "float64",
+}
+EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; all other seeds are lower
 LOG_STD = {"deterministic": None, "gaussian": (-5.0, 0.0), "gaussian-tanh": (-1.0, 1.0)}  # bounds
-VERSIONS = {module.__name__: str(module.__version__) for module in (np, torch, mujoco)}
-DATASET = {"observations": ("f4", 2), "actions": ("f4", 2), "rewards": ("f4", 1), "next_observations": ("f4", 2)}
-DATASET |= {"terminals": ("bool", 1), "timeouts": ("bool", 1), "physics": ("f8", 2)}  # numpy type, dimensions
-MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "exploration_noise", "ood_noise", "beta_in"}
-MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
-LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024, "num_critics": 1024, "num_ood": 1024}  # of flags
-LIMITS |= dict.fromkeys(("hidden", "teacher_hidden", "batch_size", "teacher_batch_size", "num_envs"), 2**16)
-LAPTOP = {"gradient_steps": 30_000, "batch_size": 256, "learning_rate": 3e-4, "matmul_precision": "medium"}
-LAPTOP |= {"num_ood": 1, "tau": 0.02, "actor_tau": 0.02, "policy_noise": 0.05, "beta_ood_decay": 0.9997, "bc_coef": 1.0}
+LAPTOP = {  # defaults with --scale laptop
+    "gradient_steps": 30_000,
+    "batch_size": 256,
+    "learning_rate": 3e-4,
+    "num_ood": 1,
+    "tau": 0.02,
+    "actor_tau": 0.02,
+    "policy_noise": 0.05,
+    "beta_ood_decay": 0.9997,
+    "bc_coef": 1.0,
+    "matmul_precision": "medium",
+}
 
 
 @dataclass
 class Args:
     # experiment
-    task: str = "walker-walk"  # task of the dm_control suite, DOMAIN-TASK
-    tasks: tuple[str, ...] = ()  # naive multi-task PBRL on these: one actor that reads the task id, critics per task
-    seed: int = 1  # seed of the weights, the noise and the batches
-    common_seed: bool = False  # every task's teacher from the same weights, batches and noise; else its own
-    scale: Literal["thesis", "laptop"] = "thesis"  # defaults of the flags: the thesis's, or LAPTOP's for one CPU core
-    run_dir: str | None = None  # of logs, curves and the resume point; default: runs/<script and settings>-<time>
-    resume: str | None = None  # run folder to continue; its stored command line comes before this one
-    eval_every: int = 10_000  # steps between evaluations and resume points
-    eval_episodes: int = 10  # episodes per evaluation during training, always from the same initial states
-    final_eval_episodes: int = 100  # episodes of the evaluation stored in the checkpoint
+    task: str = "walker-walk"
+    """task of the dm_control suite, DOMAIN-TASK"""
+    seed: int = 1
+    """seed of the weights, the batches and the noise"""
+    common_seed: bool = False
+    """the same weights, batches and noise for every task; else each task has its own"""
+    scale: Literal["thesis", "laptop"] = "thesis"
+    """the defaults of the other flags: the thesis's, or those for one CPU core (LAPTOP)"""
+    run_dir: str | None = None
+    """folder of logs, curves and the resume point; default: runs/<script, settings, time>"""
+    resume: str | None = None
+    """run folder to continue with its arguments; flags given beside it win"""
+    eval_every: int = 10_000
+    """steps between evaluations, each followed by a resume point"""
+    eval_episodes: int = 10
+    """episodes per task and evaluation, always from the same initial states"""
+    final_eval_episodes: int = 100
+    """episodes per task of the evaluation at the last step, which the checkpoint holds"""
+    overwrite: bool = False
+    """replace files of an earlier run"""
+
     # data
-    level: tuple[Literal["medium", "expert", "medium-replay"], ...] = ("medium",)  # of the behaviour; one or per task
-    data: tuple[str, ...] = ()  # dataset files, one per task; default: data/<task>-<level>.npz, else in pretrained/
-    output: str | None = None  # to write; default: checkpoints/<task>-<level>-teacher.pt (or -teacher-gaussian, -naive)
-    overwrite: bool = False  # replace output files that exist
+    level: Literal["medium", "expert", "medium-replay"] = "medium"
+    """level of the behaviour that made the data"""
+    data: str | None = None
+    """dataset file, instead of data/<task>-<level>.npz"""
+    output: str | None = None
+    """checkpoint to write; default: checkpoints/<task>-<level>-teacher.pt (-teacher-gaussian.pt)"""
+
     # algorithm
     actor: Literal["deterministic", "gaussian", "gaussian-tanh"] = "deterministic"
-    """gaussian: log std in [-5, 0]; gaussian-tanh: in [-1, 1] as in the author's code (the std stays above 0.36)"""
-    gradient_steps: int = 1_000_000  # updates of the critics
-    learning_rate: float = 1e-4  # Adam's, actor and critics
-    batch_size: int = 1024  # transitions per update
-    hidden: int = 256  # width of both hidden layers
-    gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # target smoothing rate of the critics, every step (1: no targets, as in the author's code)
-    actor_tau: float = 0.005  # target smoothing rate of the actor, every step
-    policy_noise: float = 0.2  # std of the target policy's noise
-    noise_clip: float = 0.5  # bound of the target policy's noise and of the OOD noise
-    policy_frequency: int = 2  # critic updates per actor update
-    num_critics: int = 5  # critics in the ensemble, K
-    num_ood: int = 3  # OOD actions around pi(s), and as many around pi(s')
-    ood_noise: float = 0.01  # std of the OOD actions around the policy's
-    beta_in: float = 0.001  # uncertainty penalty in the targets of the data rows
-    beta_ood: float = 3.0  # uncertainty penalty in the targets of the OOD rows, at the start
-    beta_ood_min: float = 0.1  # the same, at the end
-    beta_ood_decay: float = 0.99995  # factor of beta_ood per step
-    bc_coef: float = 0.0  # weight of behaviour cloning in the actor's loss, not in the thesis (docs/pretrained.md)
+    """gaussian: log std in [-5, 0]; gaussian-tanh: in [-1, 1], as in the thesis author's code"""
+    gradient_steps: int = 1_000_000
+    """updates of the critics"""
+    learning_rate: float = 1e-4
+    """learning rate of Adam, for actor and critics"""
+    batch_size: int = 1024
+    """transitions per update"""
+    hidden: int = 256
+    """width of both hidden layers"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """target smoothing rate of the critics (1: no targets, as in the thesis author's code)"""
+    actor_tau: float = 0.005
+    """target smoothing rate of the actor"""
+    policy_noise: float = 0.2
+    """std of the target policy's noise"""
+    noise_clip: float = 0.5
+    """bound of the target policy's noise and of the OOD noise"""
+    policy_frequency: int = 2
+    """critic updates per actor update"""
+    num_critics: int = 5
+    """critics in the ensemble, K"""
+    num_ood: int = 3
+    """OOD actions around pi(s), and as many around pi(s')"""
+    ood_noise: float = 0.01
+    """std of the OOD actions around the policy's"""
+    beta_in: float = 0.001
+    """uncertainty penalty in the in-distribution targets"""
+    beta_ood: float = 3.0
+    """uncertainty penalty in the OOD targets, at the start"""
+    beta_ood_min: float = 0.1
+    """the same, at the end"""
+    beta_ood_decay: float = 0.99995
+    """factor of beta_ood per step"""
+    bc_coef: float = 0.0
+    """weight of behaviour cloning in the actor's loss, not in the thesis (docs/pretrained.md)"""
+
     # system
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    threads: int = 0  # CPU threads of torch and of the physics; 0: all cores
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of torch.set_float32_matmul_precision
-    cuda_graph: bool = False  # on CUDA: replay an update as one CUDA graph instead of operation by operation
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is a CUDA device"""
+    threads: int = 0
+    """CPU threads, and processes that run episodes; 0: as many as this process may use"""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """precision of float32 matrix products (torch.set_float32_matmul_precision)"""
+    cuda_graph: bool = False
+    """on CUDA: replay the update as one CUDA graph"""
 
 
-# ----------------------------------------------------------------------------------------------------------- networks
+# ------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
-    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions; of a Gaussian, mean and unscaled log std (gaussian)."""
+    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or `gaussian`'s two halves."""
 
     def __init__(self, in_dim: int, out_dim: int, hidden: int):
         super().__init__()
-        layers = [nn.Linear(in_dim, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, hidden), nn.ReLU(inplace=True)]
-        self.net = nn.Sequential(*layers, nn.Linear(hidden, out_dim), nn.Tanh())
+        self.net = nn.Sequential(
+            nn.Linear(in_dim, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, out_dim),
+            nn.Tanh(),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net(x)
 
 
 class Critics(nn.Module):
-    """K independent Q-networks with stacked weights, (B, obs_dim), (B, action_dim) -> (K, B)."""
+    """K independent Q-networks with stacked weights, (B, obs), (B, act) -> (K, B)."""
 
-    def __init__(self, k: int, obs_dim: int, action_dim: int, hidden: int):
+    def __init__(self, num_critics: int, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        for j, (n_in, n_out) in enumerate([(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)], start=1):
-            layers = [nn.Linear(n_in, n_out) for _ in range(k)]  # for torch's default initialisation
-            self.register_parameter(f"w{j}", nn.Parameter(torch.stack([x.weight.detach().T for x in layers])))
-            self.register_parameter(f"b{j}", nn.Parameter(torch.stack([x.bias.detach()[None] for x in layers])))
-
-    def network(self, x, w1, b1, w2, b2, w3, b3):
-        """One critic, (B, in + 1) -> (B,), or all at once, (K, B, in + 1) -> (K, B); the last input is 1."""
-        h = (x @ torch.cat([w1, b1], dim=-2)).relu_()  # the bias as one more row of the weights: no pass of its own
-        h = (h @ w2).add_(b2).relu_()
-        return (h @ w3).add_(b3).squeeze(-1)
+        sizes = [(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)]
+        for j, (n_in, n_out) in enumerate(sizes, start=1):
+            layers = [nn.Linear(n_in, n_out) for _ in range(num_critics)]  # torch's initialisation
+            weight = torch.stack([layer.weight.detach().T for layer in layers])
+            bias = torch.stack([layer.bias.detach()[None] for layer in layers])
+            self.register_parameter(f"w{j}", nn.Parameter(weight))  # (K, n_in, n_out)
+            self.register_parameter(f"b{j}", nn.Parameter(bias))  # (K, 1, n_out)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        x, parameters = torch.cat([obs, action, obs.new_ones(len(obs), 1)], dim=-1), list(self.parameters())
-        if x.is_cuda:  # one batched product per layer; on a CPU a loop over the critics is faster
-            return self.network(x.expand(len(self.w1), *x.shape), *parameters)
-        return torch.stack([self.network(x, *weights) for weights in zip(*parameters, strict=True)])
+        x = torch.cat([obs, action], dim=1)
+        if x.is_cuda:  # one batched product per layer
+            x = x.expand(len(self.w1), *x.shape)
+            h = F.relu(torch.baddbmm(self.b1, x, self.w1))
+            h = F.relu(torch.baddbmm(self.b2, h, self.w2))
+            return torch.baddbmm(self.b3, h, self.w3).squeeze(-1)
+        values = []
+        for k in range(len(self.w1)):  # on a CPU faster than batched products
+            h = F.relu(torch.addmm(self.b1[k], x, self.w1[k]))
+            h = F.relu(torch.addmm(self.b2[k], h, self.w2[k]))
+            values.append(torch.addmm(self.b3[k], h, self.w3[k]).squeeze(-1))
+        return torch.stack(values)
 
 
-# ---------------------------------------------------------------------------------------------------------- algorithm
+# --------------------------------------------------------------------------------------- losses
+def clipped_noise(like: torch.Tensor, std: float, bound: float) -> torch.Tensor:
+    """N(0, std^2) noise within [-bound, bound], in the shape of `like`."""
+    return (std * torch.randn_like(like)).clamp(-bound, bound)
+
+
 def uncertainty(q: torch.Tensor) -> torch.Tensor:
-    """U = std_k Q_k with K - 1, (K, B) -> (B,); on a CPU torch.std takes 25 times as long over so short a dimension."""
+    """U = std_k Q_k with K - 1, (K, B) -> (B,); torch.std is slow over so short a dimension."""
     return ((q - q.mean(dim=0)).square().sum(dim=0) / (len(q) - 1)).sqrt()
 
 
-def pbrl_critic_loss(critics, target_critics, actor, target_actor, batch, noise, beta_ood, args):
-    """PBRL's critic loss, summed over the K critics (arXiv 2202.11566, section 3; thesis 5.1.1).
+def pbrl_critic_loss(critics, target_critics, policy, target_policy, batch, beta_ood, args):
+    """PBRL's loss, summed over the K critics (arXiv 2202.11566, section 3; thesis 5.1.1).
 
-    batch: obs (B, obs), action (B, act), reward (B,), next_obs (B, obs), terminal (B,), which is 0 at a timeout;
-    noise: standard normal, (B, act) for the target action and (num_ood, 2B, act) for the OOD actions.
-    Returns (loss (), metrics: dict of () tensors).
+    batch: tensors with the names and shapes of a dataset, (B, ..); a timeout is not terminal.
+    Returns the loss () and metrics, a dict of () tensors.
     """
-    obs, action, reward, next_obs, terminal = batch
-    target_noise, ood_noise = noise
-    clip, n = args.noise_clip, len(obs)
+    obs = batch["observations"]
+    next_obs = batch["next_observations"]
     with torch.no_grad():
-        next_action = (target_actor(next_obs) + (args.policy_noise * target_noise).clamp(-clip, clip)).clamp(-1, 1)
-        next_q = target_critics(next_obs, next_action)  # (K, B)
-        target = reward + args.gamma * (1 - terminal) * (next_q - args.beta_in * uncertainty(next_q))  # (K, B)
-        states = torch.cat([obs, next_obs])  # (2B, obs)
-        ood_noise = (args.ood_noise * ood_noise).clamp(-clip, clip)
-        ood_action = (actor(states) + ood_noise).clamp(-1, 1)  # (num_ood, 2B, act)
-    rows = torch.cat([obs, states.repeat(len(ood_noise), 1)])  # data and OOD rows in one forward
-    q = critics(rows, torch.cat([action, ood_action.flatten(0, 1)]))  # (K, B + num_ood * 2B)
-    q, ood_q = q[:, :n], q[:, n:]
-    with torch.no_grad():
-        ood_u = uncertainty(ood_q)  # (num_ood * 2B,)
-        ood_target = (ood_q - beta_ood * ood_u).clamp(min=0)
-        metrics = {"value/q_data": q.mean(), "value/q_ood": ood_q.mean()}
-        metrics |= {"uncertainty/data": uncertainty(q).mean(), "uncertainty/ood": ood_u.mean()}
+        # target of the data
+        next_action = target_policy(next_obs)
+        noise = clipped_noise(next_action, args.policy_noise, args.noise_clip)
+        next_q = target_critics(next_obs, (next_action + noise).clamp(-1, 1))  # (K, B)
+        next_value = next_q - args.beta_in * uncertainty(next_q)
+        target = batch["rewards"] + args.gamma * ~batch["terminals"] * next_value
+
+        # OOD actions around pi(s) and pi(s')
+        ood_obs = torch.cat([obs, next_obs])  # (2B, obs)
+        ood_action = policy(ood_obs).repeat(args.num_ood, 1)  # (num_ood * 2B, act)
+        noise = clipped_noise(ood_action, args.ood_noise, args.noise_clip)
+        ood_action = (ood_action + noise).clamp(-1, 1)
+        ood_obs = ood_obs.repeat(args.num_ood, 1)
+
+    # one pass over data and OOD rows, which is faster than two
+    all_action = torch.cat([batch["actions"], ood_action])
+    all_q = critics(torch.cat([obs, ood_obs]), all_action)  # (K, B + num_ood * 2B)
+    q = all_q[:, : len(obs)]
+    ood_q = all_q[:, len(obs) :]
+    ood_u = uncertainty(ood_q.detach())
+    ood_target = (ood_q.detach() - beta_ood * ood_u).clamp(min=0)
     in_loss = (q - target).square().mean(dim=1).sum()
     ood_loss = (ood_q - ood_target).square().mean(dim=1).sum()
-    metrics |= {"loss/in_distribution": in_loss.detach(), "loss/ood": ood_loss.detach()}
+    metrics = {
+        "loss/in_distribution": in_loss.detach(),
+        "loss/ood": ood_loss.detach(),
+        "value/q_data": q.detach().mean(),
+        "value/q_ood": ood_q.detach().mean(),
+        "uncertainty/data": uncertainty(q.detach()).mean(),
+        "uncertainty/ood": ood_u.mean(),
+    }
     return in_loss + ood_loss, metrics
 
 
-def pbrl_actor_loss(actor, critics, obs, action, bc_coef: float = 0.0) -> torch.Tensor:
-    """- mean over the batch of min_k Q_k(s, pi(s)).
+def pbrl_actor_loss(policy, critics, obs, action, bc_coef: float) -> torch.Tensor:
+    """- mean over the batch of min_k Q_k(s, pi(s)). (B, obs), (B, act) -> ().
 
-    With bc_coef > 0 (not in the thesis), the objective of TD3+BC (Fujimoto & Gu 2021, arXiv 2106.06860) over the same
-    pessimistic value: - mean min_k Q_k / mean |min_k Q_k| + bc_coef * mean || pi(s) - a ||^2.
+    With bc_coef > 0 (not in the thesis), the objective of TD3+BC (Fujimoto & Gu 2021, arXiv
+    2106.06860): - mean min_k Q_k / mean |min_k Q_k| + bc_coef * mean || pi(s) - a ||^2.
     """
-    policy = actor(obs)
-    q = critics(obs, policy).min(dim=0).values  # (B,)
+    policy_action = policy(obs)
+    q = critics(obs, policy_action).min(dim=0).values  # (B,)
     if bc_coef == 0:
         return -q.mean()
-    return -q.mean() / q.abs().mean().detach() + bc_coef * (policy - action).square().sum(dim=1).mean()
+    cloning_loss = (policy_action - action).square().sum(dim=1).mean()
+    return -q.mean() / q.abs().mean().detach() + bc_coef * cloning_loss
 
 
-def add_task(obs: torch.Tensor, task_id: int, onehot: int = 0) -> torch.Tensor:
-    """States with the task id as one more number, (B, obs_dim) -> (B, obs_dim + 1), or as one of `onehot` flags."""
-    code = obs.new_zeros(len(obs), onehot or 1)
-    code[:, task_id if onehot else 0].fill_(1 if onehot else task_id)
-    return torch.cat([obs, code], dim=1)
+@torch.no_grad()
+def move_target(target: nn.Module, network: nn.Module, rate: float) -> None:
+    """Polyak averaging: target <- (1 - rate) * target + rate * network."""
+    for old, new in zip(target.parameters(), network.parameters(), strict=True):
+        old.lerp_(new, rate)
 
 
 def gaussian(output: torch.Tensor, bounds) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log std within the bounds, (B, act) each, of an actor's output (B, 2 act)."""
+    """Mean and log std, (B, act) each, of an actor's output (B, 2 act) in [-1, 1].
+
+    bounds: the log std that -1 and 1 stand for.
+    """
     mean, unit = output.chunk(2, dim=-1)
     low, high = bounds
     return mean, low + (high - low) * (unit + 1) / 2
 
 
-def act(actor, generator, bounds, task_id: int | None, obs: torch.Tensor) -> torch.Tensor:
-    """The policy's actions in training, (B, obs) -> (B, act); of a Gaussian one a reparameterised sample, clipped."""
-    output = actor(obs if task_id is None else add_task(obs, task_id))
-    if bounds is None:
+def act(actor: Actor, log_std_bounds, obs: torch.Tensor) -> torch.Tensor:
+    """Actions in training, (B, obs) -> (B, act); of a Gaussian a reparameterised sample."""
+    output = actor(obs)
+    if log_std_bounds is None:
         return output
-    mean, log_std = gaussian(output, bounds)
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-    return (mean + log_std.exp() * noise).clamp(-1, 1)
+    mean, log_std = gaussian(output, log_std_bounds)
+    return (mean + log_std.exp() * torch.randn_like(mean)).clamp(-1, 1)
 
 
+# ------------------------------------------------------------------------------------- training
 def main():
-    args, point, device = parse_args(Args, LAPTOP)
-    tasks, naive, bounds = args.tasks or (args.task,), bool(args.tasks), LOG_STD[args.actor]
-    ids = range(len(tasks)) if naive else [None]  # the task ids that the actor reads
-    envs = [make_envs(task, args.eval_episodes) for task in tasks]
-    obs_dim, action_dim = envs[0][0].observation_spec()["observations"].shape[0], envs[0][0].action_spec().shape[0]
-    tables, references, level, inputs = load_inputs(args, tasks, (obs_dim, action_dim), device)
-    kind = "naive" if naive else "teacher" if bounds is None else f"teacher-{args.actor}"
-    output = Path(args.output or f"checkpoints/{'+'.join(tasks)}-{level}-{kind}.pt")
-    run_dir = prepare_outputs(args, f"{output.stem}-seed{args.seed}", [output], inputs)
+    args, resume_point, device = parse_args()
+    check(args.num_critics > 1, "--num-critics: expected 2 or more, U is their std")
+    obs_dim, action_dim = task_sizes([args.task])
+
+    # data and outputs
+    path = args.data or find_file(f"data/{args.task}-{args.level}.npz")
+    data = load_dataset(path, args.task, obs_dim, action_dim)
+    data_return = np.mean(data["metadata"]["episode_returns"])
+    names = ["observations", "actions", "rewards", "next_observations", "terminals"]
+    transitions = {name: torch.from_numpy(data[name]).to(device) for name in names}
+    num_transitions = len(transitions["rewards"])
+    print(f"{path}: {num_transitions} transitions, return {data_return:.1f}")
+    kind = "teacher" if args.actor == "deterministic" else f"teacher-{args.actor}"
+    output = Path(args.output or f"checkpoints/{args.task}-{args.level}-{kind}.pt").expanduser()
+    check_output(output, args)
+    run_dir = make_run_dir(args, output.stem)
+    writer = SummaryWriter(run_dir)
 
     # networks
-    name, total = "+".join(tasks), args.gradient_steps
-    seed = args.seed if args.common_seed else zlib.crc32(f"{args.seed} teacher {name} from {name}".encode())
-    torch.manual_seed(seed)
-    generator = torch.Generator(device).manual_seed(seed)
-    columns = [obs_dim, action_dim, 1, obs_dim, 1]  # (s, a, r, s', terminal)
-    out_dim = action_dim if bounds is None else 2 * action_dim
-    actor, target_actor = (Actor(obs_dim + naive, out_dim, args.hidden).to(device) for _ in range(2))
-    critics, target_critics = (
-        [Critics(args.num_critics, obs_dim, action_dim, args.hidden).to(device) for _ in tasks] for _ in range(2)
-    )
-    adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=True)
-    actor_optimizer, critic_optimizers = adam(actor.parameters()), [adam(c.parameters()) for c in critics]
-    target_actor.load_state_dict(actor.state_dict())
-    modules = {"actor": actor, "target_actor": target_actor, "actor_optimizer": actor_optimizer}
-    for i in range(len(tasks)):
-        target_critics[i].load_state_dict(critics[i].state_dict())
-        parts = {"critics": critics[i], "target_critics": target_critics[i], "critic_optimizer": critic_optimizers[i]}
-        modules |= {f"{name}_{i}" if naive else name: part for name, part in parts.items()}
-    start, rows = restore(point, total, modules, generator, tables)
-    count = torch.tensor(float(start), dtype=torch.float64, device=device)  # the step, where a CUDA graph can read it
+    stream = "" if args.common_seed else f" teacher {args.task} from {args.task}"
+    torch.manual_seed(zlib.crc32(f"{args.seed}{stream}".encode()))
+    log_std_bounds = LOG_STD[args.actor]
+    out_dim = 2 * action_dim if log_std_bounds else action_dim
+    actor = Actor(obs_dim, out_dim, args.hidden).to(device)
+    critics = Critics(args.num_critics, obs_dim, action_dim, args.hidden).to(device)
+    target_actor = deepcopy(actor)
+    target_critics = deepcopy(critics)
+    adam = partial(Adam, lr=args.learning_rate, fused=True, capturable=args.cuda_graph)
+    actor_optimizer = adam(actor.parameters())
+    critic_optimizer = adam(critics.parameters())
+    policy = partial(act, actor, log_std_bounds)
+    target_policy = partial(act, target_actor, log_std_bounds)
 
-    def update(with_actor: bool) -> dict:
-        """The critics of every task in turn, with_actor the actor after each of them, and the targets."""
-        beta_ood = (args.beta_ood * args.beta_ood_decay**count).clamp(min=args.beta_ood_min)
-        metrics = {"beta_ood": beta_ood}
-        count.add_(1)
-        for i, task_id in enumerate(ids):
-            # sample
-            index = torch.randint(len(tables[i]), (args.batch_size,), generator=generator, device=device)
-            obs, action, reward, next_obs, terminal = tables[i][index].split(columns, dim=1)
-            target_noise = torch.randn(action.shape, generator=generator, device=device)
-            ood_noise = torch.randn(args.num_ood, 2 * len(obs), action_dim, generator=generator, device=device)
-            policy, target_policy = (partial(act, a, generator, bounds, task_id) for a in (actor, target_actor))
+    # resume
+    modules = {
+        "actor": actor,
+        "critics": critics,
+        "target_actor": target_actor,
+        "target_critics": target_critics,
+        "actor_optimizer": actor_optimizer,
+        "critic_optimizer": critic_optimizer,
+    }
+    start = 0
+    rows = {"returns": [], "losses": []}  # of the CSV files
+    data_key = check_sum(transitions.values())
+    if resume_point:
+        check(resume_point["data_key"] == data_key, "--resume: expected the same data")
+        start = resume_point["step"]
+        rows = resume_point["rows"]
+        for name, module in modules.items():
+            module.load_state_dict(resume_point[name])
+        actor_optimizer.param_groups[0]["lr"] = args.learning_rate
+        critic_optimizer.param_groups[0]["lr"] = args.learning_rate
+        torch.set_rng_state(resume_point["random_states"][0])
+        torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
 
-            # critics
-            batch, noise = (obs, action, reward.squeeze(1), next_obs, terminal.squeeze(1)), (target_noise, ood_noise)
-            networks = critics[i], target_critics[i], policy, target_policy
-            loss, found = pbrl_critic_loss(*networks, batch, noise, beta_ood, args)
-            critic_optimizers[i].zero_grad()
-            loss.backward()
-            critic_optimizers[i].step()
-            metrics |= {f"{name}/{tasks[i]}" if naive else name: value for name, value in found.items()}
+    def update_critics(beta_ood):
+        index = torch.randint(num_transitions, (args.batch_size,), device=device)
+        batch = {name: values[index] for name, values in transitions.items()}
+        loss, metrics = pbrl_critic_loss(
+            critics, target_critics, policy, target_policy, batch, beta_ood, args
+        )
+        critic_optimizer.zero_grad()
+        loss.backward()
+        critic_optimizer.step()
+        return batch["observations"], batch["actions"], metrics
 
-            # actor
-            if with_actor:
-                pi_loss = pbrl_actor_loss(policy, critics[i], obs, action, args.bc_coef)
-                actor_optimizer.zero_grad()
-                pi_loss.backward(inputs=list(actor.parameters()))  # none for the critics
-                actor_optimizer.step()
+    def update_actor(obs, action):
+        loss = pbrl_actor_loss(policy, critics, obs, action, args.bc_coef)
+        actor_optimizer.zero_grad()
+        loss.backward(inputs=list(actor.parameters()))  # gradients for the actor only
+        actor_optimizer.step()
 
-            # targets
-            with torch.no_grad():
-                torch._foreach_lerp_(list(target_critics[i].parameters()), list(critics[i].parameters()), args.tau)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(target_actor.parameters()), list(actor.parameters()), args.actor_tau)
-        return metrics
+    def update_targets():
+        move_target(target_critics, critics, args.tau)
+        move_target(target_actor, actor, args.actor_tau)
 
-    updates = {flag: in_cuda_graph(partial(update, flag), args.cuda_graph, generator) for flag in (False, True)}
-    policies = [actor if i is None else partial(lambda i, obs: actor(add_task(obs, i)), i) for i in ids]
-    writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
-    writer.add_text("hyperparameters", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
-    progress = tqdm(range(start, total), total=total, initial=start, desc=output.stem, unit="step", disable=None)
-    clock = time.time()
+    if args.cuda_graph:
+        update_critics = capture(update_critics)
+        update_actor = capture(update_actor)
+        update_targets = capture(update_targets)
+    progress = tqdm(range(start + 1, args.gradient_steps + 1), desc=output.stem, disable=None)
     for step in progress:
-        metrics = updates[step % args.policy_frequency == 0]()
+        beta_ood = max(args.beta_ood * args.beta_ood_decay**step, args.beta_ood_min)
+        obs, action, metrics = update_critics(torch.full((), beta_ood, device=device))
+        if step % args.policy_frequency == 0:
+            update_actor(obs, action)
+        update_targets()
+        last = step == args.gradient_steps
+        evaluate = last or step % args.eval_every == 0
 
-        # log, evaluate, save
-        now = step + 1
-        at_evaluation = now % args.eval_every == 0 or now == total
-        if now % 1000 == 0 or at_evaluation:
-            speed = {"speed/steps_per_second": (now - start) / (time.time() - clock)}
-            values = log(writer, now, metrics | speed)
-        if at_evaluation:
-            rows += [[now, task, evaluate(policies[i], envs[i], device)] for i, task in enumerate(tasks)]
-            text = write_returns(run_dir, writer, rows, references, len(tasks))
-            progress.write(f"{text}; {', '.join(f'{name} {value:.3g}' for name, value in values.items())}")
-            save_point(run_dir, now, modules, generator, tables, rows)
-    writer.close()
+        # log
+        if evaluate or step % 1000 == 0:
+            log(writer, rows["losses"], step, metrics | {"beta_ood": beta_ood})
 
-    # final evaluation, checkpoint
-    returns = {t: evaluate(policies[i], make_envs(t, args.final_eval_episodes), device) for i, t in enumerate(tasks)}
-    sizes = {"in_dim": obs_dim + naive, "obs_dim": obs_dim, "action_dim": action_dim, "hidden": args.hidden}
-    sizes |= {"num_critics": args.num_critics, "log_std": bounds, "layer_norm": False}
-    sizes |= {"task_encoding": "number"} if naive else {}
-    weights = {"critics": [c.state_dict() for c in critics] if naive else critics[0].state_dict()}
-    weights |= {"actor": actor.state_dict()}
-    checkpoint = {"schema_version": SCHEMA_VERSION, "kind": kind.split("-")[0], "tasks": list(tasks), "level": level}
-    checkpoint |= {"args": vars(args), "step": args.gradient_steps, "sizes": sizes, "returns": returns, **weights}
-    write_atomic(output, partial(torch.save, checkpoint | {"versions": VERSIONS}))
-    found = {t: {"mean": round(np.mean(v), 1), "std": round(np.std(v), 1)} | references[t] for t, v in returns.items()}
-    result = {"returns": found, "files": [str(output)], "run_dir": str(run_dir)}
-    print("RESULT", json.dumps(result | {"seconds": round(time.time() - clock)}))
+        # evaluate, save
+        if evaluate:
+            num_episodes = args.final_eval_episodes if last else args.eval_episodes
+            seeds = range(EVAL_SEED, EVAL_SEED + num_episodes)
+            episodes = run_episodes(actor, args.task, seeds, args.threads)
+            returns = log_returns(writer, rows["returns"], step, args.task, episodes)
+            report = f"return {np.mean(returns):.1f} +- {np.std(returns):.1f}"
+            progress.write(f"step {step}: {report} (data {data_return:.1f})")
+            progress.set_postfix_str(report)
+        if last:
+            checkpoint = {
+                "schema_version": SCHEMA_VERSION,
+                "kind": "teacher",
+                "tasks": [args.task],
+                "level": args.level,
+                "args": vars(args),
+                "step": step,
+                "sizes": {
+                    "in_dim": obs_dim,
+                    "obs_dim": obs_dim,
+                    "action_dim": action_dim,
+                    "hidden": args.hidden,
+                    "num_critics": args.num_critics,
+                    "log_std": log_std_bounds,
+                    "layer_norm": False,
+                },
+                "returns": {args.task: returns},
+                "actor": actor.state_dict(),
+                "critics": critics.state_dict(),
+                "versions": VERSIONS,
+            }
+            save(output, checkpoint)
+        if evaluate:
+            write_csv(run_dir / "returns.csv", "step,task,episode,return", rows["returns"])
+            write_csv(run_dir / "losses.csv", "step,metric,value", rows["losses"])
+            resume_point = {
+                "kind": f"resume point of {Path(__file__).name}",
+                "args": vars(args) | absolute(data=path, output=output),
+                "device": device.type,
+                "step": step,
+                "data_key": data_key,
+                "rows": rows,
+                "random_states": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+            }
+            for name, module in modules.items():
+                resume_point[name] = module.state_dict()
+            save(run_dir / "resume.pt", resume_point)
+    print(f"wrote {output}, and returns.csv and losses.csv in {run_dir}")
 
 
-# ==================================== the method ends here; below: inputs, evaluation, files, command line, CUDA graph
-def load_inputs(args, tasks, sizes, device):
-    """Check the flags, read the datasets -> (a table (N, s + a + r + s' + terminal) per task, {task: {"data": return}},
-    level in the file names, the files read)."""
-    m, names = len(tasks), ", ".join(tasks)
-    distinct = len(set(tasks)) == m and (m > 1 or not args.tasks)
-    require(distinct, f"--tasks: expected two or more distinct tasks (one task: --task), found {names}")
-    fits = len(args.level) in (1, m) and len(args.data) in (0, m)
-    require(fits, f"--level, --data: expected one level or one per task, and one file per task ({names})")
-    require(args.num_critics > 1, f"--num-critics: expected 2 or more (U is their std), found {args.num_critics}")
-    levels = args.level * m if len(args.level) == 1 else args.level
-    tables, references, paths = [], {}, list(args.data)
-    for i, task in enumerate(tasks):
-        if not args.data:
-            paths.append(find_file("data", f"{task}-{levels[i]}.npz", f"python mop_td3_collect.py --task {task}"))
-        data, metadata = load_dataset(paths[i], task, sizes)
-        rows = [data[k].reshape(len(data["rewards"]), -1) for k in DATASET if k not in ("timeouts", "physics")]
-        tables.append(torch.from_numpy(np.concatenate(rows, axis=1, dtype=np.float32)).to(device))
-        references[task] = {"data": round(float(np.mean(metadata["episode_returns"])), 1)}
-        del data, rows
-    return tables, references, "+".join(dict.fromkeys(levels)), paths
+# =============================== the method ends here; below: command line, episodes, files, CUDA
+def parse_args():
+    """The command line -> (args, resume point or None, device).
+
+    --scale laptop and --resume change the defaults; flags that are given win over both.
+    """
+    args = tyro.cli(Args, description=__doc__)
+    resume_point = None
+    if args.scale == "laptop":
+        laptop_args = replace(Args(), scale="laptop", **LAPTOP)
+        args = tyro.cli(Args, description=__doc__, default=laptop_args)
+    if args.resume:
+        kind = f"resume point of {Path(__file__).name}"
+        resume_point = read_pt(Path(args.resume) / "resume.pt", kind)
+        args = tyro.cli(Args, description=__doc__, default=Args(**resume_point["args"]))
+        args.run_dir = args.resume
+    cuda = torch.cuda.is_available()
+    check(cuda or args.device != "cuda", "--device cuda: no CUDA device was found")
+    device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
+    if args.resume:
+        same = resume_point["device"] == device.type
+        check(same, f"--resume: expected a run on {device.type}, found {resume_point['device']}")
+    args.threads = args.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    return args, resume_point, device
 
 
-def make_envs(task: str, n: int) -> list:
-    """n dm_control environments of DOMAIN-TASK, with flat observations; fail where the scripts cannot handle it."""
+def find_file(path: str) -> str:
+    """The path, else the bundled file of that name in pretrained/, here or above this script."""
+    candidates = [Path(path)]
+    for folder in Path(__file__).resolve().parents:
+        candidates.append(folder / "pretrained" / Path(path).name)
+    for candidate in candidates:
+        if candidate.is_file():
+            return str(candidate)
+    script = "mop_td3_collect.py" if path.startswith("data/") else "mop_pbrl_teacher.py"
+    check(False, f"{path}: not found, nor in pretrained/; {script} makes it")
+
+
+def make_run_dir(args, name: str) -> Path:
+    """The run's folder, a new or an empty one unless it is resumed or overwritten."""
+    default = f"runs/{Path(__file__).stem}-{name}-seed{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = Path(args.run_dir or default).expanduser()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    free = args.resume or args.overwrite or not any(run_dir.iterdir())
+    check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
+    return run_dir
+
+
+@cache
+def make_env(task: str):
+    """dm_control's environment of DOMAIN-TASK with flat observations, one per process."""
     domain, _, name = task.partition("-")
-    hint = ", ".join(f"{d}-{t}" for d, t in suite.ALL_TASKS if d == domain) or "for example walker-walk"
-    require((domain, name) in suite.ALL_TASKS, f"task {task}: expected DOMAIN-TASK of the dm_control suite: {hint}")
-    envs = [suite.load(domain, name, environment_kwargs={"flat_observation": True}) for _ in range(n)]
-    action = envs[0].action_spec()
-    fits = np.all(action.minimum == -1) and np.all(action.maximum == 1) and np.isfinite(envs[0]._step_limit)
-    require(fits, f"task {task}: expected actions in [-1, 1] and a time limit, found other bounds or no limit")
-    return envs
+    check((domain, name) in suite.ALL_TASKS, f"task {task}: not one of the dm_control suite")
+    env = suite.load(domain, name, environment_kwargs={"flat_observation": True})
+    bounds = env.action_spec()
+    fits = np.all(bounds.minimum == -1) and np.all(bounds.maximum == 1)
+    check(fits, f"task {task}: expected actions in [-1, 1], found other bounds")
+    return env
+
+
+def task_sizes(tasks) -> tuple[int, int]:
+    """Sizes of observations and actions, which all tasks have in common."""
+    sizes = {}
+    for task in tasks:
+        env = make_env(task)
+        obs_dim = env.observation_spec()["observations"].shape[0]
+        sizes[task] = (obs_dim, env.action_spec().shape[0])
+    alike = len(set(sizes.values())) == 1
+    check(alike, f"--tasks: expected the same sizes of observations and actions, found {sizes}")
+    return sizes[tasks[0]]
+
+
+def run_episodes(policy: nn.Module, task: str, seeds, workers: int, **options) -> list[dict]:
+    """An episode per seed, spread over worker processes -> the dicts of `run_episode`.
+
+    An episode depends on the policy, its seed and the options only, not on the workers.
+    """
+    run = partial(run_episode, pickle.dumps(deepcopy(policy).cpu()), task, **options)
+    episodes = map(run, seeds) if workers == 1 else make_workers(workers).map(run, seeds)
+    return list(tqdm(episodes, desc=task, total=len(seeds), leave=False, disable=None))
+
+
+@cache
+def make_workers(workers: int) -> ProcessPoolExecutor:
+    """Processes that stay for the whole run, since to start them takes seconds."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker)
+
+
+def start_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
 
 
 @torch.no_grad()
-def evaluate(policy, envs: list, device: torch.device) -> list[float]:
-    """Return of one episode in each environment, from fixed initial states, all stepped together; policy: (n, obs) ->
-    (n, act or more) tensors, of which a Gaussian policy's mean comes first."""
-    for e, env in enumerate(envs):
-        env.task.random.seed(EVAL_SEED + e)
-    steps, returns, action_dim = [env.reset() for env in envs], np.zeros(len(envs)), envs[0].action_spec().shape[0]
-    while not steps[0].last():  # all episodes have the same time limit
-        obs = torch.from_numpy(np.stack([step.observation["observations"] for step in steps])).float()
-        actions = policy(obs.to(device))[:, :action_dim].cpu().numpy()
-        steps = [env.step(action) for env, action in zip(envs, actions, strict=True)]
-        returns += np.array([step.reward for step in steps], np.float32)
-    return returns.tolist()
+def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
+    """One whole episode, the policy on the CPU with one state at a time.
+
+    pickled: the policy, (1, obs + code) -> (1, act), of a Gaussian one the mean comes first;
+    seed: of the initial state; code: the task id as the policy reads it. Returns arrays:
+    observations (T + 1, obs), actions (T, act), rewards (T,), physics (T + 1, state).
+    """
+    policy = pickle.loads(pickled)
+    env = make_env(task)
+    env.task.random.seed(seed)
+    time_step = env.reset()
+    obs = flat(time_step)
+    action_dim = env.action_spec().shape[0]
+    episode = {"observations": [obs], "actions": [], "rewards": []}
+    episode["physics"] = [env.physics.get_state()]
+    while not time_step.last():
+        x = torch.from_numpy(np.append(obs, code).astype(np.float32))
+        action = policy(x[None])[0, :action_dim].numpy()
+        time_step = env.step(action)
+        obs = flat(time_step)
+        episode["observations"].append(obs)
+        episode["actions"].append(action)
+        episode["rewards"].append(time_step.reward)
+        episode["physics"].append(env.physics.get_state())
+    return {name: np.array(values) for name, values in episode.items()}
 
 
-def require(condition, message: str) -> None:
-    """One clear line on standard error and exit code 1, no traceback, unless the condition holds."""
+def flat(time_step) -> np.ndarray:
+    """The observation of a time step of dm_control, (obs,) float32."""
+    return time_step.observation["observations"].astype(np.float32)
+
+
+def load_dataset(path, task: str, obs_dim: int, action_dim: int) -> dict:
+    """The arrays of a dataset .npz and its metadata, as in docs/formats.md, all checked."""
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # np.load compares check sums of what it reads only
+        with np.load(path, allow_pickle=False) as file:
+            data = {name: file[name] for name in DATASET}
+            metadata = json.loads(str(file["metadata"]))
+        known = metadata["schema_version"] == SCHEMA_VERSION and metadata["task"] == task
+    except Exception as error:
+        check(False, f"{path}: expected a dataset as in docs/formats.md; found {error!r:.300}")
+    check(damaged is None, f"{path}: damaged bytes in {damaged}")
+    check(known, f"{path}: expected data of {task}, schema {SCHEMA_VERSION}; found {metadata}")
+    num_rows = len(data["rewards"])
+    widths = {"observations": obs_dim, "actions": action_dim, "next_observations": obs_dim}
+    for name, dtype in DATASET.items():
+        found = data[name]
+        shape = (num_rows, widths[name]) if name in widths else (num_rows, *found.shape[1:])
+        fits = found.shape == shape and found.dtype.kind == np.dtype(dtype).kind
+        check(fits, f"{path}: {name}: expected {dtype} {shape}, found {found.dtype} {found.shape}")
+        data[name] = np.ascontiguousarray(found, dtype)
+        check(np.isfinite(data[name]).all(), f"{path}: {name}: found NaN or infinite values")
+    check(np.abs(data["actions"]).max() <= 1, f"{path}: expected actions in [-1, 1]")
+    return data | {"metadata": metadata}
+
+
+def read_pt(path, *kinds: str) -> dict:
+    """A checkpoint or resume point of one of the kinds, read without running pickled code."""
+    expected = " or ".join(kinds)
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not compare check sums
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        kind = content["kind"]
+    except Exception as error:
+        check(False, f"{path}: expected a {expected}, a .pt file; found {error!r:.300}")
+    check(damaged is None, f"{path}: damaged bytes in {damaged}")
+    check(kind in kinds, f"{path}: expected a {expected}, found a {kind}")
+    check_finite(path, content)
+    return content
+
+
+def log(writer: SummaryWriter, rows: list, step: int, metrics: dict) -> None:
+    """Metrics to TensorBoard and to the rows of losses.csv; stop at one that is not finite."""
+    for name, value in metrics.items():
+        value = float(value)
+        check(math.isfinite(value), f"step {step}: {name} is {value}; try a lower learning rate")
+        writer.add_scalar(name, value, step)
+        rows.append([step, name, value])
+
+
+def log_returns(writer: SummaryWriter, rows: list, step: int, task: str, episodes: list) -> list:
+    """Episode returns, also to TensorBoard (their mean) and to the rows of returns.csv."""
+    returns = [float(episode["rewards"].sum()) for episode in episodes]
+    for e, value in enumerate(returns):
+        rows.append([step, task, e, value])
+    writer.add_scalar(f"return/{task}", np.mean(returns), step)
+    return returns
+
+
+def write_csv(path: Path, header: str, rows: list) -> None:
+    """The rows as a CSV file that appears whole."""
+    temporary = path.with_name(f".{path.name}")
+    lines = [header] + [",".join(map(str, row)) for row in rows]
+    temporary.write_text("\n".join(lines) + "\n")
+    os.replace(temporary, path)
+
+
+def save(path: Path, content: dict) -> None:
+    """The content as a .pt file that appears whole; stop where a number in it is not finite."""
+    check_finite(path.name, content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def check_finite(name, content) -> None:
+    """Stop at the first tensor of a nested dict that holds NaN or infinite values."""
+    if isinstance(content, dict):
+        for key, part in content.items():
+            check_finite(f"{name}: {key}", part)
+    if isinstance(content, torch.Tensor):
+        check(content.isfinite().all(), f"{name}: NaN or infinite values")
+
+
+def absolute(**flags) -> dict:
+    """Flags that name a file or files, so that they mean the same in another folder."""
+    paths = {}
+    for flag, value in flags.items():
+        several = isinstance(value, list | tuple)
+        paths[flag] = tuple(map(os.path.abspath, value)) if several else os.path.abspath(value)
+    return paths
+
+
+def check_output(path: Path, args) -> None:
+    """Stop before training where a file would be replaced."""
+    free = args.overwrite or args.resume or not path.exists()
+    check(free, f"{path}: exists; pass --overwrite to replace it")
+
+
+def check_sum(tensors: list) -> int:
+    """CRC of the data that a run learns from, to compare when it is resumed."""
+    crc = 0
+    for tensor in tensors:
+        crc = zlib.crc32(tensor.cpu().numpy(), crc)
+    return crc
+
+
+def check(condition, message: str) -> None:
+    """Stop with one line on standard error and exit code 1 unless the condition holds."""
     if not condition:
         raise SystemExit(f"{Path(sys.argv[0]).name}: error: {message}")
 
 
-@contextmanager
-def expecting(what: str, subject):
-    """Whatever fails inside becomes one line: its subject (a file, a flag), what was expected of it, what was found."""
-    try:
-        yield
-    except Exception as error:
-        kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-        require(False, f"{subject}: expected {what}; found {kind}{' '.join(str(error).split())[:300]}")
+def capture(function):
+    """function, from its fourth call on replayed as one CUDA graph: the same kernels on the same
+    memory, without Python between them. Its tensor arguments are copied to where the graph reads
+    them; what it returns is overwritten by the next call.
+    """
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    calls = 0
+    inputs = None
+    outputs = None
 
+    def call(*arguments):
+        nonlocal calls, inputs, outputs
+        calls += 1
+        if calls <= 3:  # states that are made lazily come to be outside the graph
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = function(*arguments)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if calls == 4:
+            inputs = [argument.clone() for argument in arguments]
+            with torch.cuda.graph(graph, stream=stream):
+                outputs = function(*inputs)  # recorded, not run
+        for kept, argument in zip(inputs, arguments, strict=True):
+            kept.copy_(argument)
+        graph.replay()
+        return outputs
 
-def find_file(folder: str, name: str, hint: str) -> Path:
-    """folder/name, else the bundled pretrained/name beside this script (and say so); fail with the hint otherwise."""
-    path, bundled = Path(folder) / name, Path(__file__).resolve().parent / "pretrained" / name
-    require(path.is_file() or bundled.is_file(), f"{path}: not found, nor in pretrained/; make it with: {hint}")
-    if path.is_file():
-        return path
-    print(f"{path} is not there: using the bundled pretrained/{name}")
-    return bundled
-
-
-def load_dataset(path, task: str | None, sizes: tuple) -> tuple[dict, dict]:
-    """Read a dataset .npz and check it, for the sizes (obs, act) and, if given, the task -> (arrays, metadata)."""
-    hint = f"python mop_td3_collect.py --task {task or 'TASK'}"
-    text = f"a dataset .npz with metadata as in docs/formats.md, no pickled objects (made by {hint})"
-    with expecting(text, path), np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
-        file = np.load(path, allow_pickle=False)
-        data, metadata = {name: file[name] for name in DATASET}, json.loads(str(file["metadata"]))
-        assert metadata["schema_version"] == SCHEMA_VERSION, f"schema version {metadata['schema_version']}"
-        assert task in (None, metadata["task"]), f"data of {metadata['task']}, not of {task}"
-        assert np.isfinite(sum(r := metadata["episode_returns"]) / len(r)), "episode_returns that are not all finite"
-        n = data["rewards"].size
-        for name, (dtype, ndim) in DATASET.items():
-            array, kind = data[name], np.dtype(dtype).kind
-            fits = array.dtype.kind == kind and array.ndim == ndim and len(array) == n and array.size > 0
-            assert fits, f"{name}: {array.dtype} with shape {array.shape} (rewards: {n} rows)"
-            data[name] = array.astype(dtype, copy=False)
-            finite = np.isfinite(data[name].reshape(n, -1)).all(axis=1)
-            assert finite.all(), f"{name}: a NaN or infinite value, first in row {finite.argmin()}"
-        found, wanted = [data[k].shape[1] for k in ("observations", "actions", "next_observations")], [*sizes, sizes[0]]
-        assert found == wanted, f"observations, actions and next_observations of {found} values, not {wanted}"
-        assert np.abs(data["actions"]).max() <= 1, f"actions outside [-1, 1]: {np.abs(data['actions']).max():.4g}"
-    return data, metadata
-
-
-def write_atomic(path, write) -> None:
-    """Call write(temporary file object beside path), then rename: a reader sees the old file or the whole new one."""
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-    with expecting("free space and a folder you may write to", path):
-        try:
-            with open(temporary, "wb") as file:
-                write(file)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def save_point(run_dir: Path, step: int, modules: dict, generator, tables, rows: list, **more) -> None:
-    """Write the run's resume point: everything that restore puts back or compares, and more; only if it is finite."""
-    require(all_finite(modules), f"step {step}: weights or Adam's states are not finite; try a lower learning rate")
-    state = {name: module.state_dict() for name, module in modules.items()} | more
-    state |= {"script": Path(__file__).stem, "argv": sys.argv[1:], "step": step, "rows": rows}
-    state |= {"data_key": [zlib.crc32(table.cpu().numpy()) for table in tables], "generator": generator.get_state()}
-    write_atomic(run_dir / "resume.pt", partial(torch.save, state))
-
-
-def all_finite(modules: dict) -> bool:
-    """Whether the weights of the networks and Adam's states are."""
-    states = [s for module in modules.values() for s in getattr(module, "state", {}).values()]
-    weights = [module.parameters() for module in modules.values() if isinstance(module, nn.Module)]
-    return all(x.isfinite().all() for values in [*weights, *(s.values() for s in states)] for x in values)
-
-
-def restore(point: dict | None, steps: int, modules: dict, generator, tables) -> tuple[int, list]:
-    """Put a resume point's networks, optimisers and random numbers back -> (steps done, evaluations); None: (0, [])."""
-    if point is None:
-        return 0, []
-    with expecting("a resume point that fits the arguments and the data", "--resume"):
-        assert point["data_key"] == [zlib.crc32(table.cpu().numpy()) for table in tables], "one of other data"
-        assert point["step"] in range(1, steps + 1), f"{point['step']} steps done of {steps}"
-        for name, module in modules.items():  # Adam with the learning rate of these arguments
-            module.load_state_dict(point[name] | {k: v for k, v in module.state_dict().items() if k == "param_groups"})
-            for parameter, state in getattr(module, "state", {}).items():  # Adam's, whose shapes torch does not check
-                assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape, f"other shapes in {name}"
-        assert all_finite(modules), "weights or Adam's states that are not finite"
-        generator.set_state(point["generator"])
-        return int(point["step"]), [[int(now), str(task), list(map(float, v))] for now, task, v in point["rows"]]
-
-
-def parse_args(cls, laptop: dict):
-    """Command line -> (arguments, resume point or None, device); --resume puts the stored command line before this one,
-    --scale gives the defaults of the flags. Sets torch's CPU threads (0: all cores) and precision."""
-    parse = partial(tyro.cli, cls, description=sys.modules[cls.__module__].__doc__)
-    args, point = parse(), None
-    if args.resume is not None:
-        path = Path(args.resume) / "resume.pt"
-        with expecting(f"a run folder with a resume point of {Path(__file__).name}", f"--resume {args.resume}"):
-            assert zipfile.ZipFile(path).testzip() is None, "damaged bytes"
-            point = torch.load(path, map_location="cpu", weights_only=True)
-            assert point["script"] == Path(__file__).stem, f"one of {point['script']}.py"
-            sys.argv[1:] = [*map(str, point["argv"]), *sys.argv[1:], "--run-dir", args.resume]
-        args = parse()
-    if args.scale == "laptop":
-        args = parse(default=replace(cls(), **laptop, scale="laptop"))
-        print("--scale laptop:", *(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in laptop))
-    for name, value in vars(args).items():
-        if isinstance(value, int | float):
-            low, high = 0 if name in MAY_BE_ZERO or isinstance(value, bool) else "above 0", LIMITS.get(name, 2**31 - 1)
-            fits = 0 <= value <= high and (value > 0 or low == 0)  # not so of NaN
-            require(fits, f"--{name.replace('_', '-')}: expected a number from {low} to {high}, found {value}")
-    cuda = torch.cuda.is_available()
-    require(args.device != "cuda" or cuda, "--device cuda: no CUDA device was found; use --device cpu")
-    torch.set_num_threads(args.threads or os.cpu_count())
-    torch.set_float32_matmul_precision(args.matmul_precision)
-    with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
-        for option, value in ((-1, 2**30), (-3, 2**26)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
-    return args, point, torch.device("cuda" if args.device != "cpu" and cuda else "cpu")
-
-
-def prepare_outputs(args, name: str | None, outputs: list[Path], inputs: list) -> Path:
-    """Make the run's folder (if named) and those of the outputs; fail where something would be lost or not written."""
-    run_dir = Path(args.run_dir or f"runs/{Path(__file__).stem}-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if args.resume is None and name:
-        empty = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
-        hint = "choose another, or continue a run that has a resume.pt with --resume"
-        require(empty, f"--run-dir {run_dir}: expected an empty folder or a new one; {hint}")
-    taken = [*inputs, *(run_dir / part for part in ("", ".lock", "resume.pt", "returns.csv", "tau.csv"))]
-    for path in outputs:
-        require(not path.exists() or args.resume or args.overwrite, f"{path}: exists; pass --overwrite to replace it")
-        fits = path.resolve() not in [Path(x).resolve() for x in taken] and (path.is_file() or not path.exists())
-        require(fits, f"{path}: expected a file to write, found an input, a part of {run_dir}, or no plain file")
-    for path in [*outputs, *([run_dir / "resume.pt"] if name else [])]:
-        with expecting("a folder that can be made and written, and no other run that will write this file", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            assert os.access(path.parent, os.W_OK), "no permission"
-            lock = os.open(path.parent / ".lock", os.O_CREAT | os.O_RDWR)  # a byte per file, till the process ends
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, zlib.crc32(path.name.encode()))
-
-    def stop(number, frame):
-        hint = f"; continue with --resume {run_dir}" if (run_dir / "resume.pt").exists() else ", without a resume point"
-        print(f"{Path(sys.argv[0]).name}: stopped{hint}", file=sys.stderr)
-        sys.exit(128 + number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C; kill
-        signal.signal(number, stop)
-    return run_dir
-
-
-def log(writer: SummaryWriter, step: int, metrics: dict) -> dict:
-    """Write () tensors and numbers to TensorBoard, return them as numbers; stop at one that is NaN or infinite."""
-    values = {name: float(value) for name, value in metrics.items()}
-    for name, value in values.items():
-        hint = "training diverged, the last resume point is from before; try a lower learning rate"
-        require(np.isfinite(value), f"step {step}: {name} is {value}: {hint}")
-        writer.add_scalar(name, value, step)
-    return values
-
-
-def write_returns(run_dir: Path, writer: SummaryWriter, rows: list, references: dict, new: int) -> str:
-    """returns.csv of rows (step, task, episode returns); of the `new` last ones TensorBoard's means, and text."""
-    lines = [f"{step},{task},{e},{value:.4f}\n" for step, task, values in rows for e, value in enumerate(values)]
-    write_atomic(run_dir / "returns.csv", lambda f: f.write("".join(["step,task,episode,return\n", *lines]).encode()))
-    texts = [f"step {rows[-1][0]}:"]
-    for step, task, values in rows[-new:]:
-        writer.add_scalar(f"return/{task}", np.mean(values), step)
-        beside = ", ".join(f"{name} {value:.1f}" for name, value in references.get(task, {}).items())
-        texts.append(f"{task} {np.mean(values):.1f} +- {np.std(values):.1f}{beside and f' ({beside})'}")
-    return " ".join(texts)
-
-
-def in_cuda_graph(update, enabled: bool, generator: torch.Generator):
-    """update itself, or if enabled on CUDA a call that replays it as one CUDA graph: the same kernels on the same
-    memory without Python between them, so that what a call returns is overwritten by the next one."""
-    if not enabled or generator.device.type != "cuda":
-        return update
-
-    def calls():
-        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        graph.register_generator_state(generator)
-        for _ in range(3):  # run eagerly: lazily made states and workspaces come to be outside the graph
-            torch.cuda.synchronize()
-            with torch.cuda.stream(side):
-                result = update()
-            torch.cuda.synchronize()
-            yield result
-        with torch.cuda.graph(graph, stream=side):
-            result = update()  # recorded, not run
-        while True:
-            graph.replay()
-            yield result
-
-    return calls().__next__
+    return call
 
 
 if __name__ == "__main__":
