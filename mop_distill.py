@@ -2,8 +2,9 @@
 
   python mop_distill.py --loss mse --hidden 64
 
-The student pi^S(s, i) is an MLP that reads a state s and a task id i. The teachers pi_i^T are
-frozen. A step draws a batch of states of every task; the loss is a mean over tasks and states of
+The student pi^S(s, i) is an MLP that reads a state s and a task id i. The teachers pi_i^T, with
+critics Q_{i,k}^T, are frozen. A step draws a batch of states of every task; the loss is a mean
+over tasks and states of
 
   mse:  || pi_i^T(s) - pi^S(s, i) ||_2^2
   q:    - min_k Q_{i,k}^T(s, pi^S(s, i))
@@ -11,7 +12,9 @@ frozen. A step draws a batch of states of every task; the loss is a mean over ta
 
 and, with --regularizer, reg_lambda times the sum over hidden layers j of
 
-  L_rank(l_j(s, i), l_j(s, i')), where i' is the other task and L_rank is ndcg, pairwise or listwise
+  L_rank(l_j(s, i), l_j(s, i')), averaged over the other tasks i'
+
+where L_rank is ndcg, pairwise or listwise and l_j are the activations of layer j.
 
 Source: van Lith 2024, sections 5.1.3 (losses), 5.2 (states), 6.3.2 (regularizers).
 
@@ -39,7 +42,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
-import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
@@ -52,6 +54,7 @@ from tqdm import tqdm
 
 if __name__ == "__main__":
     os.environ["MUJOCO_GL"] = "disable"  # nothing is rendered here, whatever the shell asks for
+import mujoco
 from dm_control import suite
 
 SCHEMA_VERSION = 1  # of datasets and checkpoints
@@ -90,9 +93,9 @@ class Args:
     eval_every: int = 10_000
     """steps between evaluations, each followed by a resume point"""
     eval_episodes: int = 10
-    """episodes per task and evaluation, always from the same initial states"""
+    """episodes per evaluation and task, always from the same initial states"""
     final_eval_episodes: int = 100
-    """episodes per task of the evaluation at the last step, which the checkpoint holds"""
+    """episodes of the evaluation at the last step, which the checkpoint holds"""
     overwrite: bool = False
     """replace files of an earlier run"""
 
@@ -211,8 +214,8 @@ def q_loss(action: torch.Tensor, obs: torch.Tensor, critics: Critics) -> torch.T
 def kl_loss(output: torch.Tensor, teacher_output: torch.Tensor, bounds) -> torch.Tensor:
     """KL(student || teacher) of diagonal Gaussians (5.1.3). (B, 2 act) -> (B,).
 
-    The thesis's last line has the sign of the log term reversed; torch.distributions agrees
-    with this one.
+    The last line of the thesis's derivation has the sign of the log term reversed;
+    torch.distributions agrees with this one.
     """
     mean, log_std = gaussian(output, bounds)
     teacher_mean, teacher_log_std = gaussian(teacher_output, bounds)
@@ -234,7 +237,8 @@ def hidden_layers(actor: Actor, x: torch.Tensor) -> list[torch.Tensor]:
 def ndcg_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """- NDCG of the scores y in the order of x (6.3.2). (B, n) -> (B,).
 
-    An order has no gradient: it flows through y only.
+    An order has no gradient, so the gradient flows through y only: the activations under the
+    other task.
     """
     rank = torch.arange(1, y.shape[1] + 1, dtype=y.dtype, device=y.device)
     discount = 1 / torch.log2(rank + 1)
@@ -314,6 +318,7 @@ def layer_taus(student: Actor, obs: torch.Tensor, code, other_code) -> list[torc
 # ------------------------------------------------------------------------------------- training
 def main():
     args, resume_point, device = parse_args()
+    torch.set_flush_denormal(args.regularizer == "pairwise")  # denormal gradients are slow
     num_tasks = len(args.tasks)
     check(len(set(args.tasks)) == num_tasks > 0, "--tasks: expected distinct tasks")
     check(num_tasks > 1 or args.regularizer == "none", "--regularizer: expected two tasks or more")
@@ -335,8 +340,9 @@ def main():
     states = []
     labels = []
     critics = []
-    log_std = []
+    log_std_bounds = []
     teacher_returns = []
+    sources = []  # what the run learns from, to compare when it is resumed
     for i, task in enumerate(args.tasks):
         data = load_dataset(data_paths[i], task, obs_dim, action_dim)
         teacher = load_teacher(teacher_paths[i], task, obs_dim, action_dim)
@@ -344,13 +350,17 @@ def main():
         states.append(torch.from_numpy(data["observations"]).to(device))
         with torch.no_grad():
             labels.append(torch.cat([actor(part) for part in states[i].split(65_536)]))
+        sources += [states[i], *teacher["actor"].values()]
         if args.loss == "q":
             critics.append(load_critics(teacher).to(device))
-        log_std.append(teacher["sizes"]["log_std"])  # None of a deterministic teacher
+            sources += teacher["critics"].values()
+        log_std_bounds.append(teacher["sizes"]["log_std"])  # None of a deterministic teacher
         teacher_returns.append(np.mean(teacher["returns"][task]))
-        print(f"task {i}: {task}, {len(states[i])} states, teacher {teacher_returns[i]:.1f}")
-    gaussian_teachers = log_std[0] and log_std.count(log_std[0]) == num_tasks
-    check(args.loss != "kl" or gaussian_teachers, "--loss kl: expected Gaussian teachers of a kind")
+        print(f"task {i}: {task}, {len(states[i])} states of {data_paths[i]},")
+        print(f"  teacher {teacher_paths[i]}, return {teacher_returns[i]:.1f}")
+    if args.loss == "kl":
+        alike = log_std_bounds.count(log_std_bounds[0]) == num_tasks
+        check(alike and log_std_bounds[0], "--loss kl: expected Gaussian teachers of one kind")
 
     # student
     torch.manual_seed(zlib.crc32(f"{args.seed} student".encode()))
@@ -366,19 +376,22 @@ def main():
 
     # run folder, resume
     run_dir = make_run_dir(args, f"{args.loss}-{args.regularizer}-{args.hidden}-{levels[0]}")
-    writer = SummaryWriter(run_dir)
     start = 0
     rows = {"returns": [], "losses": [], "tau": []}  # of the CSV files
-    data_key = check_sum(states + labels)
+    data_key = check_sum(sources)
     if resume_point:
         check(resume_point["data_key"] == data_key, "--resume: expected the same data and teachers")
         start = resume_point["step"]
+        check(start < args.gradient_steps, "--resume: this run has made all its --gradient-steps")
         rows = resume_point["rows"]
         student.load_state_dict(resume_point["student"])
         optimizer.load_state_dict(resume_point["optimizer"])
         optimizer.param_groups[0]["lr"] = args.learning_rate
+        optimizer.param_groups[0]["capturable"] = args.cuda_graph
         torch.set_rng_state(resume_point["random_states"][0])
         torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
+
+    writer = SummaryWriter(run_dir, purge_step=start + 1)
 
     def update() -> dict:
         """One gradient step on a batch of every task -> metrics."""
@@ -390,18 +403,21 @@ def main():
             label = labels[i][index]
             x = add_code(obs, codes[i])
             if args.loss == "mse":
-                loss = mse_loss(student(x), label[:, :action_dim]).mean()
+                mean_action = label[:, :action_dim]  # of a Gaussian teacher, else all
+                loss = mse_loss(student(x), mean_action).mean()
             elif args.loss == "q":
                 loss = q_loss(student(x), obs, critics[i]).mean()
             elif args.loss == "kl":
-                loss = kl_loss(student(x), label, log_std[0]).mean()
+                loss = kl_loss(student(x), label, log_std_bounds[0]).mean()
             metrics[f"loss/{args.loss}/{task}"] = loss.detach()
-            for j in range(num_tasks):
-                if args.regularizer != "none" and j != i:
-                    ranking_loss = RANKING_LOSSES[args.regularizer]
+            if args.regularizer != "none":
+                ranking_loss = RANKING_LOSSES[args.regularizer]
+                for j, other_task in enumerate(args.tasks):
+                    if j == i:
+                        continue
                     other_x = add_code(obs, codes[j])
                     rank_loss = ranking_regularizer(ranking_loss, student, x, other_x).mean()
-                    metrics[f"loss/{args.regularizer}/{task}/{j}"] = rank_loss.detach()
+                    metrics[f"loss/{args.regularizer}/{task}/{other_task}"] = rank_loss.detach()
                     loss = loss + args.reg_lambda * rank_loss / (num_tasks - 1)
             total_loss = total_loss + loss / num_tasks
         optimizer.zero_grad()
@@ -434,10 +450,12 @@ def main():
                 report += f" {task} {np.mean(returns[task]):.1f} +- {np.std(returns[task]):.1f}"
                 report += f" (teacher {teacher_returns[i]:.1f})"
                 visited = np.concatenate([episode["observations"] for episode in episodes])
-                sample = np.random.default_rng(step).choice(visited, TAU_STATES, replace=False)
-                obs = torch.from_numpy(sample).to(device)
+                order = np.random.default_rng(step).permutation(len(visited))
+                obs = torch.from_numpy(visited[order[:TAU_STATES]]).to(device)
                 for j, other_task in enumerate(args.tasks):
-                    taus = layer_taus(student, obs, codes[i], codes[j]) if j != i else []
+                    if j == i:
+                        continue
+                    taus = layer_taus(student, obs, codes[i], codes[j])
                     for layer, tau in enumerate(taus, start=1):
                         mean = tau.mean().item()
                         rows["tau"].append([step, task, other_task, layer, mean, tau.std().item()])
@@ -460,7 +478,7 @@ def main():
                     "obs_dim": obs_dim,
                     "action_dim": action_dim,
                     "hidden": args.hidden,
-                    "log_std": log_std[0] if args.loss == "kl" else None,
+                    "log_std": log_std_bounds[0] if args.loss == "kl" else None,
                     "layer_norm": False,
                     "task_encoding": args.task_encoding,
                 },
@@ -493,7 +511,7 @@ def main():
 def parse_args():
     """The command line -> (args, resume point or None, device).
 
-    --scale laptop and --resume change the defaults; flags that are given win over both.
+    --scale laptop or else --resume change the defaults; flags that are given win over both.
     """
     args = tyro.cli(Args, description=__doc__)
     resume_point = None
@@ -502,19 +520,28 @@ def parse_args():
         args = tyro.cli(Args, description=__doc__, default=laptop_args)
     if args.resume:
         kind = f"resume point of {Path(__file__).name}"
-        resume_point = read_pt(Path(args.resume) / "resume.pt", kind)
+        run_dir = Path(args.resume).expanduser()
+        resume_point = read_pt(run_dir / "resume.pt", kind)
         args = tyro.cli(Args, description=__doc__, default=Args(**resume_point["args"]))
-        args.run_dir = args.resume
+        args.run_dir = str(run_dir)
     cuda = torch.cuda.is_available()
     check(cuda or args.device != "cuda", "--device cuda: no CUDA device was found")
     device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
+    check(device.type == "cuda" or not args.cuda_graph, "--cuda-graph: needs a CUDA device")
     if args.resume:
         same = resume_point["device"] == device.type
         check(same, f"--resume: expected a run on {device.type}, found {resume_point['device']}")
-    args.threads = args.threads or len(os.sched_getaffinity(0))
+    args.threads = args.threads or num_cores()
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
     return args, resume_point, device
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use, which on Linux can be fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def find_file(path: str) -> str:
@@ -620,7 +647,7 @@ def flat(time_step) -> np.ndarray:
 def load_dataset(path, task: str, obs_dim: int, action_dim: int) -> dict:
     """The arrays of a dataset .npz and its metadata, as in docs/formats.md, all checked."""
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # np.load compares check sums of what it reads only
+        damaged = zipfile.ZipFile(path).testzip()  # np.load checks only what it reads
         with np.load(path, allow_pickle=False) as file:
             data = {name: file[name] for name in DATASET}
             metadata = json.loads(str(file["metadata"]))
@@ -653,6 +680,8 @@ def read_pt(path, *kinds: str) -> dict:
         check(False, f"{path}: expected a {expected}, a .pt file; found {error!r:.300}")
     check(damaged is None, f"{path}: damaged bytes in {damaged}")
     check(kind in kinds, f"{path}: expected a {expected}, found a {kind}")
+    version = content.get("schema_version", SCHEMA_VERSION)
+    check(version == SCHEMA_VERSION, f"{path}: expected schema {SCHEMA_VERSION}, found {version}")
     check_finite(path, content)
     return content
 
@@ -735,12 +764,6 @@ def absolute(**flags) -> dict:
         several = isinstance(value, list | tuple)
         paths[flag] = tuple(map(os.path.abspath, value)) if several else os.path.abspath(value)
     return paths
-
-
-def check_output(path: Path, args) -> None:
-    """Stop before training where a file would be replaced."""
-    free = args.overwrite or args.resume or not path.exists()
-    check(free, f"{path}: exists; pass --overwrite to replace it")
 
 
 def check_sum(tensors: list) -> int:

@@ -1,741 +1,1063 @@
-"""Offline Q-switch: per state the best of several teachers is distilled (van Lith 2024, section 6.4.3).
+"""Offline Q-switch: per state the best of several teachers is distilled.
 
   python mop_oqs.py --level medium
 
-The reward functions are known, so task i has one teacher per task's data: teacher ij learns with PBRL from D_{j->i},
-task j's data relabelled with r_{j->i} = R_i(s, a, s'), alone; the ii are the MOP teachers (mop_pbrl_teacher.py). Every
-state s of the union D gets, for every task i, the action that its own teacher values most:
+The reward functions are known, so each task's data serves the others, with rewards of its own:
 
-  j*(s, i) = argmax_j min_k Q_ij,k(s, pi_ij(s)),   L_OQS = mean over i, s of  || pi_{i j*}(s) - pi^S(s, i) ||_2^2
+  r_{j->i} = R_i(s, a, s'), dm_control's reward of the stored physics state of s'
 
-In:  data/<task>-<level>.npz and checkpoints/<task>-<level>-teacher.pt of every task, else those in pretrained/.
-Out: checkpoints/<task i>-from-<task j>-<level of j>-teacher.pt, student.pt in the run's folder under runs/, and the
-relabelled rewards beside each dataset.
+Teacher ij learns with PBRL (mop_pbrl_teacher.py) from the data D_{j->i} alone; the ii are MOP's
+teachers. The student is distilled on all states s of the union, where task i is taught by the
+teacher that values its own action most; its loss is a mean over tasks and states of
+
+  || pi_ij^T(s) - pi^S(s, i) ||_2^2, j = argmax_j min_k Q_{ij,k}(s, pi_ij^T(s))
+
+Source: van Lith 2024, section 6.4.3.
+
+In: data/<task>-<level>.npz and checkpoints/<task>-<level>-teacher.pt of every task, else the
+bundled files in pretrained/.
+
+Out: checkpoints/<task i>-from-<task j>-<level of j>-teacher.pt; in the run's folder under runs/
+student.pt, returns.csv, losses.csv and TensorBoard logs; and the relabelled rewards beside each
+dataset.
 """
 
-import ctypes
-import fcntl
 import json
+import math
 import os
+import pickle
 import signal
 import sys
-import time
 import zipfile
 import zlib
-from contextlib import contextmanager, suppress
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
+from datetime import datetime
+from functools import cache, partial
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("MUJOCO_GL", "disable")  # nothing is rendered here
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it, until the run has a folder
-import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import tyro
-from dm_control import suite
+from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+if __name__ == "__main__":
+    os.environ["MUJOCO_GL"] = "disable"  # nothing is rendered here, whatever the shell asks for
+import mujoco
+from dm_control import suite
+
 SCHEMA_VERSION = 1  # of datasets and checkpoints
-EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; training and collection stay below
-VERSIONS = {module.__name__: str(module.__version__) for module in (np, torch, mujoco)}
-DATASET = {"observations": ("f4", 2), "actions": ("f4", 2), "rewards": ("f4", 1), "next_observations": ("f4", 2)}
-DATASET |= {"terminals": ("bool", 1), "timeouts": ("bool", 1), "physics": ("f8", 2)}  # numpy type, dimensions
-MAY_BE_ZERO = {"seed", "threads", "gamma", "policy_noise", "noise_clip", "exploration_noise", "ood_noise", "beta_in"}
-MAY_BE_ZERO |= {"beta_ood", "beta_ood_min", "beta_ood_decay", "bc_coef", "reg_lambda", "learning_starts"}
-LIMITS = {"gamma": 1, "tau": 1, "actor_tau": 1, "threads": 1024, "num_critics": 1024, "num_ood": 1024}  # of flags
-LIMITS |= dict.fromkeys(("hidden", "teacher_hidden", "batch_size", "teacher_batch_size", "num_envs"), 2**16)
-LAPTOP = {"gradient_steps": 20_000, "learning_rate": 1e-3, "matmul_precision": "medium"}  # --scale laptop; teachers:
-LAPTOP |= {"teacher_steps": 30_000, "teacher_batch_size": 256, "teacher_learning_rate": 3e-4}
-LAPTOP |= {"num_ood": 1, "tau": 0.02, "actor_tau": 0.02, "policy_noise": 0.05, "beta_ood_decay": 0.9997, "bc_coef": 1.0}
+VERSIONS = {
+    "torch": str(torch.__version__),
+    "numpy": np.__version__,
+    "mujoco": mujoco.__version__,
+}
+DATASET = {  # arrays of a dataset and their types
+    "observations": "float32",
+    "actions": "float32",
+    "rewards": "float32",
+    "next_observations": "float32",
+    "terminals": "bool",
+    "timeouts": "bool",
+    "physics": "float64",
+}
+EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; all other seeds are lower
+LAPTOP = {  # defaults with --scale laptop
+    "gradient_steps": 20_000,
+    "learning_rate": 1e-3,
+    "teacher_steps": 30_000,
+    "teacher_batch_size": 256,
+    "teacher_learning_rate": 3e-4,
+    "num_ood": 1,
+    "tau": 0.02,
+    "actor_tau": 0.02,
+    "policy_noise": 0.05,
+    "beta_ood_decay": 0.9997,
+    "bc_coef": 1.0,
+    "matmul_precision": "medium",
+}
 
 
 @dataclass
 class Args:
     # experiment
-    tasks: tuple[str, ...] = ("walker-stand", "walker-walk")  # suite tasks, DOMAIN-TASK; the position is the id
-    seed: int = 1  # seed of the weights, the noise and the batches
-    common_seed: bool = False  # every task's teacher from the same weights, batches and noise; else its own
-    scale: Literal["thesis", "laptop"] = "thesis"  # defaults of the flags: the thesis's, or LAPTOP's for one CPU core
-    run_dir: str | None = None  # of logs, curves and the resume point; default: runs/<script and settings>-<time>
-    resume: str | None = None  # run folder to continue; its stored command line comes before this one
-    eval_every: int = 10_000  # steps between evaluations and resume points
-    eval_episodes: int = 10  # episodes per evaluation during training, always from the same initial states
-    final_eval_episodes: int = 100  # episodes of the evaluation stored in the checkpoint
+    tasks: tuple[str, ...] = ("walker-stand", "walker-walk")
+    """tasks of the dm_control suite, DOMAIN-TASK; the position is the task id"""
+    seed: int = 1
+    """seed of the weights, the batches and the noise"""
+    common_seed: bool = False
+    """the same weights, batches and noise for every task; else each task has its own"""
+    scale: Literal["thesis", "laptop"] = "thesis"
+    """the defaults of the other flags: the thesis's, or those for one CPU core (LAPTOP)"""
+    run_dir: str | None = None
+    """folder of logs, curves and the resume point; default: runs/<script, settings, time>"""
+    resume: str | None = None
+    """run folder to continue with its arguments; flags given beside it win"""
+    eval_every: int = 10_000
+    """steps between evaluations, each followed by a resume point"""
+    eval_episodes: int = 10
+    """episodes per evaluation and task, always from the same initial states"""
+    final_eval_episodes: int = 100
+    """episodes of the evaluation at the last step, which the checkpoint holds"""
+    overwrite: bool = False
+    """replace files of an earlier run"""
+
     # data
-    level: tuple[Literal["medium", "expert", "medium-replay"], ...] = ("medium",)  # of the behaviour; one or per task
-    data: tuple[str, ...] = ()  # dataset files, one per task; default: data/<task>-<level>.npz, else in pretrained/
-    teachers: tuple[str, ...] = ()  # files, or train, of 00 11 .. or 00 01 .. 10 11 ..; default: MOP's as 00 11
-    output: str | None = None  # student's file instead of the one in the run's folder
-    overwrite: bool = False  # replace output files that exist
+    level: tuple[Literal["medium", "expert", "medium-replay"], ...] = ("medium",)
+    """level of the behaviour that made the data: one, or one per task"""
+    data: tuple[str, ...] = ()
+    """dataset files, one per task, instead of data/<task>-<level>.npz"""
+    teachers: tuple[str, ...] = ()
+    """teacher checkpoints or the word train, of task i from the data of j in the order 00 01 .. 10
+    11 ..; or 00 11 .., the others are trained; default: MOP's teachers as 00 11 .."""
+
     # student
-    gradient_steps: int = 500_000  # updates of the student
-    learning_rate: float = 1e-4  # Adam's
-    batch_size: int = 1024  # states per task and update
-    hidden: int = 256  # width of both hidden layers
-    task_encoding: Literal["number", "onehot"] = "number"  # the task id as one number or as a flag per task
-    # teachers (PBRL)
-    teacher_steps: int = 1_000_000  # updates of each teacher
-    teacher_learning_rate: float = 1e-4  # Adam's, actor and critics
-    teacher_batch_size: int = 1024  # transitions per update of a teacher
-    teacher_hidden: int = 256  # width of a teacher's hidden layers
-    gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # target smoothing rate of the critics, every step (1: no targets, as in the author's code)
-    actor_tau: float = 0.005  # target smoothing rate of the actor, every step
-    policy_noise: float = 0.2  # std of the target policy's noise
-    noise_clip: float = 0.5  # bound of the target policy's noise and of the OOD noise
-    policy_frequency: int = 2  # critic updates per actor update
-    num_critics: int = 5  # critics in the ensemble, K
-    num_ood: int = 3  # OOD actions around pi(s), and as many around pi(s')
-    ood_noise: float = 0.01  # std of the OOD actions around the policy's
-    beta_in: float = 0.001  # uncertainty penalty in the targets of the data rows
-    beta_ood: float = 3.0  # uncertainty penalty in the targets of the OOD rows, at the start
-    beta_ood_min: float = 0.1  # the same, at the end
-    beta_ood_decay: float = 0.99995  # factor of beta_ood per step
-    bc_coef: float = 0.0  # weight of behaviour cloning in the actor's loss, not in the thesis (docs/pretrained.md)
+    gradient_steps: int = 500_000
+    """updates"""
+    learning_rate: float = 1e-4
+    """learning rate of Adam"""
+    batch_size: int = 1024
+    """states per task and update"""
+    hidden: int = 256
+    """width of both hidden layers"""
+    task_encoding: Literal["number", "onehot"] = "number"
+    """the student reads the task id as one number or as one flag per task"""
+
+    # teachers
+    teacher_steps: int = 1_000_000
+    """updates of each teacher's critics"""
+    teacher_learning_rate: float = 1e-4
+    """learning rate of Adam, for a teacher's actor and critics"""
+    teacher_batch_size: int = 1024
+    """transitions per update of a teacher"""
+    teacher_hidden: int = 256
+    """width of both hidden layers of a teacher"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """target smoothing rate of the critics (1: no targets, as in the thesis author's code)"""
+    actor_tau: float = 0.005
+    """target smoothing rate of the actor"""
+    policy_noise: float = 0.2
+    """std of the target policy's noise"""
+    noise_clip: float = 0.5
+    """bound of the target policy's noise and of the OOD noise"""
+    policy_frequency: int = 2
+    """critic updates per actor update"""
+    num_critics: int = 5
+    """critics in the ensemble, K"""
+    num_ood: int = 3
+    """OOD actions around pi(s), and as many around pi(s')"""
+    ood_noise: float = 0.01
+    """std of the OOD actions around the policy's"""
+    beta_in: float = 0.001
+    """uncertainty penalty in the in-distribution targets"""
+    beta_ood: float = 3.0
+    """uncertainty penalty in the OOD targets, at the start"""
+    beta_ood_min: float = 0.1
+    """lower bound of beta_ood"""
+    beta_ood_decay: float = 0.99995
+    """factor of beta_ood per step"""
+    bc_coef: float = 0.0
+    """weight of behaviour cloning in the actor's loss, not in the thesis (docs/pretrained.md)"""
+
     # system
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    threads: int = 0  # CPU threads of torch and of the physics; 0: all cores
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of torch.set_float32_matmul_precision
-    cuda_graph: bool = False  # on CUDA: replay an update as one CUDA graph instead of operation by operation
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is a CUDA device"""
+    threads: int = 0
+    """CPU threads, and processes that run episodes; 0: as many as this process may use"""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """precision of float32 matrix products (torch.set_float32_matmul_precision)"""
+    cuda_graph: bool = False
+    """on CUDA: replay the update as one CUDA graph"""
 
 
-# ----------------------------------------------------------------------------------------------------------- networks
+# ------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
-    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions; of a Gaussian, mean and unscaled log std (gaussian)."""
+    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or `gaussian`'s two halves."""
 
     def __init__(self, in_dim: int, out_dim: int, hidden: int):
         super().__init__()
-        layers = [nn.Linear(in_dim, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, hidden), nn.ReLU(inplace=True)]
-        self.net = nn.Sequential(*layers, nn.Linear(hidden, out_dim), nn.Tanh())
+        self.net = nn.Sequential(
+            nn.Linear(in_dim, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, out_dim),
+            nn.Tanh(),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net(x)
 
 
 class Critics(nn.Module):
-    """K independent Q-networks with stacked weights, (B, obs_dim), (B, action_dim) -> (K, B)."""
+    """K independent Q-networks with stacked weights, (B, obs), (B, act) -> (K, B)."""
 
-    def __init__(self, k: int, obs_dim: int, action_dim: int, hidden: int):
+    def __init__(self, num_critics: int, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        for j, (n_in, n_out) in enumerate([(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)], start=1):
-            layers = [nn.Linear(n_in, n_out) for _ in range(k)]  # for torch's default initialisation
-            self.register_parameter(f"w{j}", nn.Parameter(torch.stack([x.weight.detach().T for x in layers])))
-            self.register_parameter(f"b{j}", nn.Parameter(torch.stack([x.bias.detach()[None] for x in layers])))
-
-    def network(self, x, w1, b1, w2, b2, w3, b3):
-        """One critic, (B, in + 1) -> (B,), or all at once, (K, B, in + 1) -> (K, B); the last input is 1."""
-        h = (x @ torch.cat([w1, b1], dim=-2)).relu_()  # the bias as one more row of the weights: no pass of its own
-        h = (h @ w2).add_(b2).relu_()
-        return (h @ w3).add_(b3).squeeze(-1)
+        sizes = [(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)]
+        for j, (n_in, n_out) in enumerate(sizes, start=1):
+            layers = [nn.Linear(n_in, n_out) for _ in range(num_critics)]  # torch's initialisation
+            weight = torch.stack([layer.weight.detach().T for layer in layers])
+            bias = torch.stack([layer.bias.detach()[None] for layer in layers])
+            self.register_parameter(f"w{j}", nn.Parameter(weight))  # (K, n_in, n_out)
+            self.register_parameter(f"b{j}", nn.Parameter(bias))  # (K, 1, n_out)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        x, parameters = torch.cat([obs, action, obs.new_ones(len(obs), 1)], dim=-1), list(self.parameters())
-        if x.is_cuda:  # one batched product per layer; on a CPU a loop over the critics is faster
-            return self.network(x.expand(len(self.w1), *x.shape), *parameters)
-        return torch.stack([self.network(x, *weights) for weights in zip(*parameters, strict=True)])
+        x = torch.cat([obs, action], dim=1)
+        if x.is_cuda:  # one batched product per layer
+            x = x.expand(len(self.w1), *x.shape)
+            h = F.relu(torch.baddbmm(self.b1, x, self.w1))
+            h = F.relu(torch.baddbmm(self.b2, h, self.w2))
+            return torch.baddbmm(self.b3, h, self.w3).squeeze(-1)
+        values = []
+        for k in range(len(self.w1)):  # on a CPU faster than batched products
+            h = F.relu(torch.addmm(self.b1[k], x, self.w1[k]))
+            h = F.relu(torch.addmm(self.b2[k], h, self.w2[k]))
+            values.append(torch.addmm(self.b3[k], h, self.w3[k]).squeeze(-1))
+        return torch.stack(values)
 
 
-# ---------------------------------------------------------------------------------------------------------- algorithm
+# --------------------------------------------------------------------------------------- losses
 def compute_rewards(task: str, physics: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """r_{j->i} = R_i(s, a, s') from the physics states of s', (N, state), and the actions, (N, act) -> (N,) f32."""
-    env = make_envs(task, 1)[0]
-    simulation, rewards = env.physics, np.empty(len(physics), np.float32)
-    for row in tqdm(range(len(physics)), desc=f"rewards of {task}", unit="state", disable=None):
-        simulation.set_state(physics[row])
-        simulation.set_control(actions[row])
-        simulation.forward()
-        rewards[row] = env.task.get_reward(simulation)
+    """R_i(s, a, s') from the physics states of s', (N, state), and actions (N, act) -> (N,)."""
+    env = make_env(task)
+    rewards = np.empty(len(physics), np.float32)
+    for row in tqdm(range(len(physics)), desc=f"rewards of {task}", leave=False, disable=None):
+        env.physics.set_state(physics[row])
+        env.physics.set_control(actions[row])
+        env.physics.forward()
+        rewards[row] = env.task.get_reward(env.physics)
     return rewards
 
 
+def clipped_noise(like: torch.Tensor, std: float, bound: float) -> torch.Tensor:
+    """N(0, std^2) noise within [-bound, bound], in the shape of `like`."""
+    return (std * torch.randn_like(like)).clamp(-bound, bound)
+
+
 def uncertainty(q: torch.Tensor) -> torch.Tensor:
-    """U = std_k Q_k with K - 1, (K, B) -> (B,); on a CPU torch.std takes 25 times as long over so short a dimension."""
+    """U: sample std over the K critics, (K, B) -> (B,); torch.std is slow for so few."""
     return ((q - q.mean(dim=0)).square().sum(dim=0) / (len(q) - 1)).sqrt()
 
 
-def pbrl_critic_loss(critics, target_critics, actor, target_actor, batch, noise, beta_ood, args):
-    """PBRL's critic loss, summed over the K critics (arXiv 2202.11566, section 3; thesis 5.1.1).
+def pbrl_critic_loss(critics, target_critics, policy, target_policy, batch, beta_ood, args):
+    """PBRL's loss, summed over the K critics (arXiv 2202.11566, section 3; thesis 5.1.1).
 
-    batch: obs (B, obs), action (B, act), reward (B,), next_obs (B, obs), terminal (B,), which is 0 at a timeout;
-    noise: standard normal, (B, act) for the target action and (num_ood, 2B, act) for the OOD actions.
-    Returns (loss (), metrics: dict of () tensors).
+    batch: tensors with the names and shapes of a dataset, (B, ..); a timeout is not terminal.
+    Returns the loss () and metrics, a dict of () tensors.
     """
-    obs, action, reward, next_obs, terminal = batch
-    target_noise, ood_noise = noise
-    clip, n = args.noise_clip, len(obs)
+    obs = batch["observations"]
+    next_obs = batch["next_observations"]
     with torch.no_grad():
-        next_action = (target_actor(next_obs) + (args.policy_noise * target_noise).clamp(-clip, clip)).clamp(-1, 1)
+        # target of the data
+        next_action = target_policy(next_obs)
+        target_noise = clipped_noise(next_action, args.policy_noise, args.noise_clip)
+        next_action = (next_action + target_noise).clamp(-1, 1)
         next_q = target_critics(next_obs, next_action)  # (K, B)
-        target = reward + args.gamma * (1 - terminal) * (next_q - args.beta_in * uncertainty(next_q))  # (K, B)
-        states = torch.cat([obs, next_obs])  # (2B, obs)
-        ood_noise = (args.ood_noise * ood_noise).clamp(-clip, clip)
-        ood_action = (actor(states) + ood_noise).clamp(-1, 1)  # (num_ood, 2B, act)
-    rows = torch.cat([obs, states.repeat(len(ood_noise), 1)])  # data and OOD rows in one forward
-    q = critics(rows, torch.cat([action, ood_action.flatten(0, 1)]))  # (K, B + num_ood * 2B)
-    q, ood_q = q[:, :n], q[:, n:]
-    with torch.no_grad():
-        ood_u = uncertainty(ood_q)  # (num_ood * 2B,)
-        ood_target = (ood_q - beta_ood * ood_u).clamp(min=0)
-        metrics = {"value/q_data": q.mean(), "value/q_ood": ood_q.mean()}
-        metrics |= {"uncertainty/data": uncertainty(q).mean(), "uncertainty/ood": ood_u.mean()}
+        next_value = next_q - args.beta_in * uncertainty(next_q)
+        target = batch["rewards"] + args.gamma * ~batch["terminals"] * next_value
+
+        # OOD actions around pi(s) and pi(s')
+        both_obs = torch.cat([obs, next_obs])  # (2B, obs)
+        ood_action = policy(both_obs).repeat(args.num_ood, 1)  # (num_ood * 2B, act)
+        ood_noise = clipped_noise(ood_action, args.ood_noise, args.noise_clip)
+        ood_action = (ood_action + ood_noise).clamp(-1, 1)
+        ood_obs = both_obs.repeat(args.num_ood, 1)
+
+    # one pass over data and OOD rows, which is faster than two
+    all_action = torch.cat([batch["actions"], ood_action])
+    all_q = critics(torch.cat([obs, ood_obs]), all_action)  # (K, B + num_ood * 2B)
+    q = all_q[:, : len(obs)]
+    ood_q = all_q[:, len(obs) :]
+    ood_u = uncertainty(ood_q.detach())
+    ood_target = (ood_q.detach() - beta_ood * ood_u).clamp(min=0)
     in_loss = (q - target).square().mean(dim=1).sum()
     ood_loss = (ood_q - ood_target).square().mean(dim=1).sum()
-    metrics |= {"loss/in_distribution": in_loss.detach(), "loss/ood": ood_loss.detach()}
+    metrics = {
+        "loss/in_distribution": in_loss.detach(),
+        "loss/ood": ood_loss.detach(),
+        "value/q_data": q.detach().mean(),
+        "value/q_ood": ood_q.detach().mean(),
+        "uncertainty/data": uncertainty(q.detach()).mean(),
+        "uncertainty/ood": ood_u.mean(),
+    }
     return in_loss + ood_loss, metrics
 
 
-def pbrl_actor_loss(actor, critics, obs, action, bc_coef: float = 0.0) -> torch.Tensor:
-    """- mean over the batch of min_k Q_k(s, pi(s)).
+def pbrl_actor_loss(policy, critics, obs, action, bc_coef: float) -> torch.Tensor:
+    """- mean over the batch of min_k Q_k(s, pi(s)). (B, obs), (B, act) -> ().
 
-    With bc_coef > 0 (not in the thesis), the objective of TD3+BC (Fujimoto & Gu 2021, arXiv 2106.06860) over the same
-    pessimistic value: - mean min_k Q_k / mean |min_k Q_k| + bc_coef * mean || pi(s) - a ||^2.
+    With bc_coef > 0 (not in the thesis), the objective of TD3+BC (Fujimoto & Gu 2021, arXiv
+    2106.06860): - mean min_k Q_k / mean |min_k Q_k| + bc_coef * mean || pi(s) - a ||^2.
     """
-    policy = actor(obs)
-    q = critics(obs, policy).min(dim=0).values  # (B,)
+    policy_action = policy(obs)
+    q = critics(obs, policy_action).min(dim=0).values  # (B,)
     if bc_coef == 0:
         return -q.mean()
-    return -q.mean() / q.abs().mean().detach() + bc_coef * (policy - action).square().sum(dim=1).mean()
+    cloning_loss = (policy_action - action).square().sum(dim=1).mean()
+    return -q.mean() / q.abs().mean().detach() + bc_coef * cloning_loss
 
 
-def train_teacher(label, seed: int, transitions, envs, args, device, point, output):
-    """PBRL on one table of transitions, as in mop_pbrl_teacher.py -> (actor, critics).
-
-    transitions: rows (s, a, r, s', terminal); envs: for evaluation; point: this teacher's resume point or None; output:
-    the run's (folder, TensorBoard writer, evaluations, number of this teacher).
-    """
-    torch.manual_seed(seed)
-    generator = torch.Generator(device).manual_seed(seed)
-    (run_dir, writer, rows, number), total = output, args.teacher_steps
-    obs_dim, action_dim = envs[0].observation_spec()["observations"].shape[0], envs[0].action_spec().shape[0]
-    columns, sizes = [obs_dim, action_dim, 1, obs_dim, 1], (obs_dim, action_dim, args.teacher_hidden)
-    actor, target_actor = (Actor(*sizes).to(device) for _ in range(2))
-    critics, target_critics = (Critics(args.num_critics, *sizes).to(device) for _ in range(2))
-    adam = partial(torch.optim.Adam, lr=args.teacher_learning_rate, fused=True, capturable=True)
-    actor_optimizer, critic_optimizer = adam(actor.parameters()), adam(critics.parameters())
-    target_actor.load_state_dict(actor.state_dict())
-    target_critics.load_state_dict(critics.state_dict())
-    modules = {"actor": actor, "critics": critics, "target_actor": target_actor, "target_critics": target_critics}
-    modules |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
-    start, _ = restore(point, total, modules, generator, [transitions])
-    count = torch.tensor(float(start), dtype=torch.float64, device=device)  # the step, where a CUDA graph can read it
-
-    def update(with_actor: bool) -> dict:
-        """The critics, with_actor the actor, and the targets."""
-        # sample
-        beta_ood = (args.beta_ood * args.beta_ood_decay**count).clamp(min=args.beta_ood_min)
-        count.add_(1)
-        index = torch.randint(len(transitions), (args.teacher_batch_size,), generator=generator, device=device)
-        obs, action, reward, next_obs, terminal = transitions[index].split(columns, dim=1)
-        target_noise = torch.randn(action.shape, generator=generator, device=device)
-        ood_noise = torch.randn(args.num_ood, 2 * len(obs), action_dim, generator=generator, device=device)
-
-        # critics
-        batch, noise = (obs, action, reward.squeeze(1), next_obs, terminal.squeeze(1)), (target_noise, ood_noise)
-        networks = critics, target_critics, actor, target_actor
-        loss, metrics = pbrl_critic_loss(*networks, batch, noise, beta_ood, args)
-        critic_optimizer.zero_grad()
-        loss.backward()
-        critic_optimizer.step()
-
-        # actor
-        if with_actor:
-            pi_loss = pbrl_actor_loss(actor, critics, obs, action, args.bc_coef)
-            actor_optimizer.zero_grad()
-            pi_loss.backward(inputs=list(actor.parameters()))  # none for the critics
-            actor_optimizer.step()
-
-        # targets
-        with torch.no_grad():
-            torch._foreach_lerp_(list(target_critics.parameters()), list(critics.parameters()), args.tau)
-            torch._foreach_lerp_(list(target_actor.parameters()), list(actor.parameters()), args.actor_tau)
-        return {**metrics, "beta_ood": beta_ood}
-
-    updates = {flag: in_cuda_graph(partial(update, flag), args.cuda_graph, generator) for flag in (False, True)}
-    progress = tqdm(range(start, total), total=total, initial=start, desc=label, unit="step", disable=None)
-    for step in progress:
-        metrics = updates[step % args.policy_frequency == 0]()
-
-        # log, evaluate, save
-        now = step + 1
-        at_evaluation = now % args.eval_every == 0 or now == total
-        if now % 1000 == 0 or at_evaluation:
-            values = log(writer, now, {f"{label}/{name}": value for name, value in metrics.items()})
-        if at_evaluation:
-            rows.append([now, label, evaluate(actor, envs, device)])
-            texts = (f"{name.split('/', 1)[1]} {value:.3g}" for name, value in values.items())
-            progress.write(f"{write_returns(run_dir, writer, rows, {}, 1)}; {', '.join(texts)}")
-            save_point(run_dir, now, modules, generator, [transitions], rows, phase=number)
-    return actor.requires_grad_(False), critics.requires_grad_(False)
+@torch.no_grad()
+def move_target(target: nn.Module, network: nn.Module, rate: float) -> None:
+    """Polyak averaging: target <- (1 - rate) * target + rate * network."""
+    for old, new in zip(target.parameters(), network.parameters(), strict=True):
+        old.lerp_(new, rate)
 
 
-def add_task(obs: torch.Tensor, task_id: int, onehot: int = 0) -> torch.Tensor:
-    """States with the task id as one more number, (B, obs_dim) -> (B, obs_dim + 1), or as one of `onehot` flags."""
-    code = obs.new_zeros(len(obs), onehot or 1)
-    code[:, task_id if onehot else 0].fill_(1 if onehot else task_id)
-    return torch.cat([obs, code], dim=1)
+def add_code(obs: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+    """States with a task's code appended, (B, obs), (code,) -> (B, obs + code)."""
+    return torch.cat([obs, code.expand(len(obs), -1)], dim=1)
 
 
-def mse_loss(student, x, teacher_action) -> torch.Tensor:
-    """|| pi^T(s) - pi^S(s, i) ||^2, summed over action dimensions (thesis 5.1.3). Rows x: (R, in_dim) -> (R,)."""
-    return (teacher_action - student(x)).square().sum(dim=1)
+def mse_loss(action: torch.Tensor, teacher_action: torch.Tensor) -> torch.Tensor:
+    """|| pi^T(s) - pi^S(s, i) ||^2, summed over action dimensions (5.1.3). (B, act) -> (B,)."""
+    return (teacher_action - action).square().sum(dim=1)
 
 
 @torch.no_grad()
 def q_switch(teachers, obs: torch.Tensor, rows: int = 65_536) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per state the action of the teacher that values its own action most, min_k Q_ij,k(s, pi_ij(s)) (thesis 6.4.3).
+    """Per state the action of the teacher that values its own one most (6.4.3).
 
-    teachers: pairs (actor, critics), one per source dataset j; obs (N, obs) -> actions (N, act), winners j (N,).
+    teachers: pairs (actor, critics), one per source j of data; rows: states at a time. (N, obs) ->
+    actions (N, act), and whose they are, argmax_j min_k Q_{ij,k}(s, pi_ij(s)), (N,).
     """
-    chosen, winners = [], []
+    best_actions = []
+    winners = []
     for part in obs.split(rows):
-        actions = torch.stack([actor(part) for actor, _ in teachers])  # (m, n, act)
-        values = [critics(part, a).min(dim=0).values for (_, critics), a in zip(teachers, actions, strict=True)]
-        winner = torch.stack(values).argmax(dim=0)  # (n,); the first of equal ones
-        chosen.append(actions[winner, torch.arange(len(part), device=obs.device)])
+        actions = [actor(part) for actor, _ in teachers]
+        values = []
+        for (_, critics), action in zip(teachers, actions, strict=True):
+            values.append(critics(part, action).min(dim=0).values)
+        winner = torch.stack(values).argmax(dim=0)  # (rows,)
+        row = torch.arange(len(part), device=obs.device)
+        best_actions.append(torch.stack(actions)[winner, row])
         winners.append(winner)
-    return torch.cat(chosen), torch.cat(winners)
+    return torch.cat(best_actions), torch.cat(winners)
+
+
+# ------------------------------------------------------------------------------------- training
+@dataclass
+class Job:
+    """A teacher that the student learns from."""
+
+    task: str
+    data_tasks: list[str]
+    """tasks whose data, relabelled, it learns from"""
+    label: str
+    """its name in logs, after its task"""
+    level: str
+    """level of the data"""
+    path: Path
+    """its checkpoint"""
+    train: bool
+    """here; else the checkpoint is there already"""
+
+
+def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_point) -> None:
+    """PBRL as in mop_pbrl_teacher.py; at the end the teacher is in its checkpoint.
+
+    datasets, rewards, resume_point: as in main.
+    """
+    # the data that it learns from
+    transitions = {}
+    for name in ["observations", "actions", "next_observations", "terminals"]:
+        parts = [datasets[source][name] for source in job.data_tasks]
+        transitions[name] = torch.cat(parts)
+    parts = [rewards[source][job.task] for source in job.data_tasks]
+    transitions["rewards"] = torch.cat(parts)
+    obs_dim = transitions["observations"].shape[1]
+    action_dim = transitions["actions"].shape[1]
+    num_transitions = len(transitions["rewards"])
+    name = f"{job.task} {job.label}"
+
+    # networks
+    stream = f" teacher {job.task} from {'+'.join(sorted(job.data_tasks))}"
+    stream = "" if args.common_seed else stream
+    torch.manual_seed(zlib.crc32(f"{args.seed}{stream}".encode()))
+    actor = Actor(obs_dim, action_dim, args.teacher_hidden).to(device)
+    critics = Critics(args.num_critics, obs_dim, action_dim, args.teacher_hidden).to(device)
+    target_actor = deepcopy(actor)
+    target_critics = deepcopy(critics)
+    adam = partial(Adam, lr=args.teacher_learning_rate, fused=True, capturable=args.cuda_graph)
+    actor_optimizer = adam(actor.parameters())
+    critic_optimizer = adam(critics.parameters())
+
+    # resume
+    modules = {
+        "actor": actor,
+        "critics": critics,
+        "target_actor": target_actor,
+        "target_critics": target_critics,
+        "actor_optimizer": actor_optimizer,
+        "critic_optimizer": critic_optimizer,
+    }
+    start = resume_point["step"]
+    rows = resume_point["rows"]
+    data_key = check_sum(transitions.values())
+    if start > 0:
+        restore(resume_point, modules, data_key)
+        for optimizer in (actor_optimizer, critic_optimizer):
+            optimizer.param_groups[0]["lr"] = args.teacher_learning_rate
+            optimizer.param_groups[0]["capturable"] = args.cuda_graph
+
+    def update_critics(beta_ood):
+        index = torch.randint(num_transitions, (args.teacher_batch_size,), device=device)
+        batch = {name: values[index] for name, values in transitions.items()}
+        loss, metrics = pbrl_critic_loss(
+            critics, target_critics, actor, target_actor, batch, beta_ood, args
+        )
+        critic_optimizer.zero_grad()
+        loss.backward()
+        critic_optimizer.step()
+        return batch["observations"], batch["actions"], metrics  # for the actor's update
+
+    def update_actor(obs, action):
+        loss = pbrl_actor_loss(actor, critics, obs, action, args.bc_coef)
+        actor_optimizer.zero_grad()
+        loss.backward(inputs=list(actor.parameters()))  # gradients for the actor only
+        actor_optimizer.step()
+
+    def update_targets():
+        move_target(target_critics, critics, args.tau)
+        move_target(target_actor, actor, args.actor_tau)
+
+    if args.cuda_graph:
+        update_critics = capture(update_critics)
+        update_actor = capture(update_actor)
+        update_targets = capture(update_targets)
+    progress = tqdm(range(start + 1, args.teacher_steps + 1), desc=name, disable=None)
+    for step in progress:
+        beta_ood = max(args.beta_ood * args.beta_ood_decay**step, args.beta_ood_min)
+        beta_ood = torch.full((), beta_ood, device=device)  # a CUDA graph reads tensors only
+        obs, action, metrics = update_critics(beta_ood)
+        if step % args.policy_frequency == 0:
+            update_actor(obs, action)
+        update_targets()
+        last = step == args.teacher_steps
+        evaluate = last or step % args.eval_every == 0
+
+        # log
+        if evaluate or step % 1000 == 0:
+            metrics["beta_ood"] = beta_ood
+            named_metrics = {f"{name}/{metric}": value for metric, value in metrics.items()}
+            log(writer, rows["losses"], step, named_metrics)
+
+        # evaluate, save
+        if evaluate:
+            num_episodes = args.final_eval_episodes if last else args.eval_episodes
+            seeds = range(EVAL_SEED, EVAL_SEED + num_episodes)
+            episodes = run_episodes(actor, job.task, seeds, args.threads)
+            returns = log_returns(writer, rows["returns"], step, name, episodes)
+            report = f"return {np.mean(returns):.1f} +- {np.std(returns):.1f}"
+            progress.write(f"{name}, step {step}: {report}")
+            progress.set_postfix_str(report)
+        if last:
+            checkpoint = {
+                "schema_version": SCHEMA_VERSION,
+                "kind": "teacher",
+                "tasks": [job.task],
+                "data_tasks": job.data_tasks,
+                "level": job.level,
+                "args": vars(args),
+                "step": step,
+                "sizes": {
+                    "in_dim": obs_dim,
+                    "obs_dim": obs_dim,
+                    "action_dim": action_dim,
+                    "hidden": args.teacher_hidden,
+                    "num_critics": args.num_critics,
+                    "log_std": None,
+                    "layer_norm": False,
+                },
+                "returns": {job.task: returns},
+                "actor": actor.state_dict(),
+                "critics": critics.state_dict(),
+                "versions": VERSIONS,
+            }
+            save(job.path, checkpoint)
+        if evaluate:
+            save_resume_point(run_dir, resume_point, step, modules, data_key)
 
 
 def main():
-    args, point, device = parse_args(Args, LAPTOP)
-    tasks, m, total = args.tasks, len(args.tasks), args.gradient_steps
-    require(tasks, "--tasks: expected one task or more, found none")
-    envs = [make_envs(task, args.eval_episodes) for task in tasks]
-    obs_dim, action_dim = envs[0][0].observation_spec()["observations"].shape[0], envs[0][0].action_spec().shape[0]
-    onehot = m if args.task_encoding == "onehot" else 0
-    tables, jobs, run_dir = load_inputs(args, (obs_dim, action_dim), device)
-    output, levels = Path(args.output or run_dir / "student.pt"), [args.level[i % len(args.level)] for i in range(m)]
-    obs = torch.cat([table[:, :obs_dim] for table in tables])  # the union's states
+    args, resume_point, device = parse_args()
+    num_tasks = len(args.tasks)
+    domains = {task.partition("-")[0] for task in args.tasks}
+    check(len(set(args.tasks)) == num_tasks > 1, "--tasks: expected two or more distinct tasks")
+    check(len(domains) == 1, f"--tasks: expected one domain, found {domains}")
+    check(args.num_critics > 1, "--num-critics: expected 2 or more, U is their std")
+    check(len(args.level) in (1, num_tasks), "--level: expected one level, or one per task")
+    levels = args.level if len(args.level) == num_tasks else args.level * num_tasks
+    obs_dim, action_dim = task_sizes(args.tasks)
+    if resume_point is None:
+        resume_point = {
+            "kind": f"resume point of {Path(__file__).name}",
+            "device": device.type,
+            "checkpoint_dir": os.path.abspath("checkpoints"),
+            "finished_teachers": 0,  # of the jobs below; their checkpoints are written
+            "step": 0,  # of the teacher under way, after the last one of the student
+            "rows": {"returns": [], "losses": []},  # of the CSV files
+        }
+
+    # files
+    names = [f"{task}-{level}" for task, level in zip(args.tasks, levels, strict=True)]
+    data_paths = args.data or [find_file(f"data/{x}.npz") for x in names]
+    check(len(data_paths) == num_tasks, "--data: expected one file per task")
+    teacher_paths = args.teachers or [find_file(f"checkpoints/{x}-teacher.pt") for x in names]
+    fits = len(teacher_paths) in (num_tasks, num_tasks**2)
+    check(fits, f"--teachers: expected {num_tasks} or {num_tasks**2} files")
+    if len(teacher_paths) == num_tasks:  # of each task's own data
+        own_paths = teacher_paths
+        teacher_paths = ["train"] * num_tasks**2
+        for i in range(num_tasks):
+            teacher_paths[i * num_tasks + i] = own_paths[i]
+    jobs = []
+    for i, j in product(range(num_tasks), repeat=2):
+        file_name = f"{args.tasks[i]}-from-{names[j]}-teacher.pt"
+        job = Job(
+            task=args.tasks[i],
+            data_tasks=[args.tasks[j]],
+            label=f"from {args.tasks[j]}",
+            level=levels[j],
+            path=Path(resume_point["checkpoint_dir"], file_name),
+            train=teacher_paths[len(jobs)] == "train",
+        )
+        if job.train:
+            check_output(job.path, args)
+        else:  # a file that does not fit is found now, not after hours of training
+            job.path = Path(teacher_paths[len(jobs)]).absolute()
+            teacher = load_teacher(job.path, job.task, obs_dim, action_dim)
+            deterministic = teacher["sizes"]["log_std"] is None
+            check(deterministic, f"{job.path}: expected a deterministic teacher, found a Gaussian")
+        jobs.append(job)
+    resume_point["args"] = vars(args) | absolute(data=data_paths)
+    resume_point["args"]["teachers"] = tuple("train" if x.train else str(x.path) for x in jobs)
+
+    # data, with the rewards of every task
+    datasets = {}  # task -> name -> tensor
+    rewards = {}  # task j whose data it is -> task i -> r_{j->i}, (N,)
+    for j, task in enumerate(args.tasks):
+        data = load_dataset(data_paths[j], task, obs_dim, action_dim)
+        check_physics(data_paths[j], data, task)
+        datasets[task] = {}
+        for name in ["observations", "actions", "next_observations", "terminals"]:
+            datasets[task][name] = torch.from_numpy(data[name]).to(device)
+        rewards[task] = {}
+        report = f"task {j}: {task}, {len(data['rewards'])} transitions, mean reward"
+        for other_task in args.tasks:
+            values = data["rewards"]
+            if other_task != task:
+                values = relabel(data_paths[j], data, other_task)
+            rewards[task][other_task] = torch.from_numpy(values).to(device)
+            report += f" {values.mean():.3f} as {other_task}"
+        print(report)
 
     # teachers
+    run_dir = make_run_dir(args, f"{args.hidden}-{levels[0]}")
     writer = SummaryWriter(run_dir)
-    writer.add_text("hyperparameters", "\n".join(f"    {k}: {v}" for k, v in vars(args).items()))
-    with expecting("a resume point with all its parts", "--resume"):
-        rows, phase = (list(point["rows"]), range(len(jobs) + 1).index(point["phase"])) if point else ([], 0)
-    clock, teachers, references = time.time(), [], {task: {} for task in tasks}
-    sizes = {"in_dim": obs_dim, "obs_dim": obs_dim, "action_dim": action_dim, "layer_norm": False, "log_std": None}
-    for number, (i, label, sources, level, path, trained) in enumerate(jobs):
-        if trained and phase <= number:
-            names, n = [tasks[j] for j in sources], obs_dim + action_dim
-            columns = [*range(n), n + i, *range(n + m, tables[0].shape[1])]  # (s, a, r_i, s', terminal)
-            transitions = torch.cat([tables[j][:, columns] for j in sources])
-            seed = zlib.crc32(f"{args.seed} teacher {tasks[i]} from {'+'.join(sorted(names))}".encode())
-            seed = args.seed if args.common_seed else seed
-            job = f"{tasks[i]} {label}", seed, transitions, envs[i], args, device, point if phase == number else None
-            actor, critics = train_teacher(*job, (run_dir, writer, rows, number))
-            returns = evaluate(actor, make_envs(tasks[i], args.final_eval_episodes), device)
-            checkpoint = {"schema_version": SCHEMA_VERSION, "kind": "teacher", "tasks": [tasks[i]], "level": level}
-            checkpoint |= {"args": vars(args), "step": args.teacher_steps, "data_tasks": names, "versions": VERSIONS}
-            checkpoint["sizes"] = sizes | {"hidden": args.teacher_hidden, "num_critics": args.num_critics}
-            checkpoint |= {"actor": actor.state_dict(), "critics": critics.state_dict(), "returns": {tasks[i]: returns}}
-            write_atomic(path, partial(torch.save, checkpoint))
-            del transitions
-        actor, critics, returns = load_teacher(path, tasks[i], (obs_dim, action_dim), device)
-        teachers.append((actor, critics))
-        references[tasks[i]][label] = round(float(np.mean(returns)), 1)
-        print(f"{tasks[i]} {label}: {path}, return {np.mean(returns):.1f} +- {np.std(returns):.1f}")
+    for job in jobs[resume_point["finished_teachers"] :]:
+        if job.train:
+            train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_point)
+        resume_point["finished_teachers"] += 1
+        resume_point["step"] = 0
+    teachers = {task: [] for task in args.tasks}
+    teacher_returns = {task: [] for task in args.tasks}
+    for job in jobs:
+        teacher = load_teacher(job.path, job.task, obs_dim, action_dim)
+        actor = load_actor(teacher).to(device)
+        critics = load_critics(teacher).to(device)
+        teachers[job.task].append((actor, critics))
+        mean = np.mean(teacher["returns"][job.task])
+        teacher_returns[job.task].append(f"{job.label} {mean:.1f}")
+        print(f"{job.task} {job.label}: {job.path}, return {mean:.1f}")
 
-    # what the student is to do in every state, for every task: the switch, once, as the teachers are frozen
-    parts, switch = [], {}  # task -> source of the states -> share of them that each teacher wins
-    for i, task in enumerate(tasks):
-        target, winner = q_switch(teachers[i * m : (i + 1) * m], obs)
-        parts.append(torch.cat([add_task(obs, i, onehot), target], dim=1))
+    # what the frozen teachers say about all states
+    states = torch.cat([datasets[task]["observations"] for task in args.tasks])
+    labels = []
+    num_states = [len(datasets[task]["observations"]) for task in args.tasks]
+    switch = {}  # task -> source of the states -> teacher -> share of these states that it wins
+    for task in args.tasks:
+        actions, winners = q_switch(teachers[task], states)
+        labels.append(actions)
         switch[task] = {}
-        for source, won in zip(tasks, winner.split([len(part) for part in tables]), strict=True):
-            share = (won.bincount(minlength=m) / len(won)).tolist()
-            switch[task][source] = {f"from {t}": round(value, 4) for t, value in zip(tasks, share, strict=True)}
-            print(f"switch: {task}, on the states of {source}:", switch[task][source])
-    table = torch.cat(parts)  # (m * N, in_dim + act)
-    del parts
+        for source, part in zip(args.tasks, winners.split(num_states), strict=True):
+            shares = {}
+            for j, data_task in enumerate(args.tasks):
+                shares[f"from {data_task}"] = (part == j).float().mean().item()
+            switch[task][source] = shares
+            text = ", ".join(f"{share:.1%} {label}" for label, share in shares.items())
+            print(f"switch: {task}, on the states of {source}: {text}")
 
     # student
-    seed = zlib.crc32(f"{args.seed} student".encode())
-    torch.manual_seed(seed)
-    generator = torch.Generator(device).manual_seed(seed)
-    in_dim = obs_dim + (onehot or 1)
+    torch.manual_seed(zlib.crc32(f"{args.seed} student".encode()))
+    if args.task_encoding == "onehot":
+        codes = torch.eye(num_tasks, device=device)  # (task, code)
+    else:
+        codes = torch.arange(num_tasks, device=device).float()[:, None]
+    in_dim = obs_dim + codes.shape[1]
     student = Actor(in_dim, action_dim, args.hidden).to(device)
-    optimizer = torch.optim.Adam(student.parameters(), lr=args.learning_rate, fused=True, capturable=True)
+    adam = partial(Adam, lr=args.learning_rate, fused=True, capturable=args.cuda_graph)
+    optimizer = adam(student.parameters())
+
+    # resume
     modules = {"student": student, "optimizer": optimizer}
-    start, _ = restore(point if phase == len(jobs) else None, total, modules, generator, [table])
+    start = resume_point["step"]
+    rows = resume_point["rows"]
+    data_key = check_sum([states, *labels])
+    if start > 0:
+        restore(resume_point, modules, data_key)
+        optimizer.param_groups[0]["lr"] = args.learning_rate
+        optimizer.param_groups[0]["capturable"] = args.cuda_graph
 
     def update() -> dict:
-        # sample a batch of every task, all from the union
-        shape, keywords = (args.batch_size,), {"generator": generator, "device": device}
-        index = torch.cat([torch.randint(i * len(obs), (i + 1) * len(obs), shape, **keywords) for i in range(m)])
-        x, target_action = table[index].tensor_split([in_dim], dim=1)
-
-        # student
-        losses = mse_loss(student, x, target_action)
-        loss = losses.mean()
+        """One gradient step on a batch of every task -> metrics."""
+        metrics = {}
+        total_loss = 0
+        for i, task in enumerate(args.tasks):
+            index = torch.randint(len(states), (args.batch_size,), device=device)
+            x = add_code(states[index], codes[i])
+            loss = mse_loss(student(x), labels[i][index]).mean()
+            metrics[f"loss/mse/{task}"] = loss.detach()
+            total_loss = total_loss + loss / num_tasks
         optimizer.zero_grad()
-        loss.backward()
+        total_loss.backward()
         optimizer.step()
-        by_task = losses.detach().view(m, -1).mean(dim=1)
-        return {f"loss/mse/{task}": value for task, value in zip(tasks, by_task, strict=True)}
+        return metrics | {"loss/total": total_loss.detach()}
 
-    updates = in_cuda_graph(update, args.cuda_graph, generator)
-    policies = [partial(lambda i, x: student(add_task(x, i, onehot)), i) for i in range(m)]
-    progress = tqdm(range(start + 1, total + 1), total=total, initial=start, desc="student", unit="step", disable=None)
-    for now in progress:
-        metrics = updates()
+    if args.cuda_graph:
+        update = capture(update)
+    progress = tqdm(range(start + 1, args.gradient_steps + 1), desc="student", disable=None)
+    for step in progress:
+        metrics = update()
+        last = step == args.gradient_steps
+        evaluate = last or step % args.eval_every == 0
 
-        # log, evaluate, save
-        at_evaluation = now % args.eval_every == 0 or now == total
-        if now % 1000 == 0 or at_evaluation:
-            values = log(writer, now, metrics)
-        if at_evaluation:
-            rows += [[now, task, evaluate(policies[i], envs[i], device)] for i, task in enumerate(tasks)]
-            text = write_returns(run_dir, writer, rows, references, m)
-            progress.write(f"{text}; {', '.join(f'{name} {value:.3g}' for name, value in values.items())}")
-            save_point(run_dir, now, modules, generator, [table], rows, phase=len(jobs))
-    writer.close()
+        # log
+        if evaluate or step % 1000 == 0:
+            log(writer, rows["losses"], step, metrics)
 
-    # final evaluation, checkpoint
-    returns = {t: evaluate(policies[i], make_envs(t, args.final_eval_episodes), device) for i, t in enumerate(tasks)}
-    sizes |= {"in_dim": in_dim, "hidden": args.hidden, "task_encoding": args.task_encoding}
-    checkpoint = {"schema_version": SCHEMA_VERSION, "kind": "student", "tasks": list(tasks), "level": levels}
-    checkpoint |= {"args": vars(args), "step": args.gradient_steps, "sizes": sizes, "returns": returns}
-    checkpoint |= {"actor": student.state_dict(), "versions": VERSIONS, "switch": switch}
-    write_atomic(output, partial(torch.save, checkpoint))
-    files = [output, *(path for *_, path, trained in jobs if trained), run_dir / "returns.csv"]
-    found = {t: {"mean": round(np.mean(v), 1), "std": round(np.std(v), 1)} | references[t] for t, v in returns.items()}
-    result = {"returns": found, "files": [str(path) for path in files], "switch": switch}
-    print("RESULT", json.dumps(result | {"run_dir": str(run_dir), "seconds": round(time.time() - clock)}))
-
-
-# ==================================== the method ends here; below: inputs, evaluation, files, command line, CUDA graph
-def load_inputs(args, sizes: tuple, device):
-    """Check the flags, read the datasets -> (a table of rows (s, a, reward under every task, s', terminal) per dataset,
-    jobs (task, name, whose data it learns from, level, file, whether it is trained here) per teacher, run folder)."""
-    tasks, m = args.tasks, len(args.tasks)
-    fits = m > 1 and len(set(tasks)) == m and len({task.partition("-")[0] for task in tasks}) == 1
-    require(fits, f"--tasks: expected two or more distinct tasks of one domain, found {', '.join(tasks)}")
-    fits = len(args.level) in (1, m) and len(args.data) in (0, m)
-    require(fits, f"--level, --data: expected one level or one per task, and one file per task ({', '.join(tasks)})")
-    require(args.num_critics > 1, f"--num-critics: expected 2 or more (U is their std), found {args.num_critics}")
-    levels = [args.level[i % len(args.level)] for i in range(m)]
-    names = [f"{task}-{level}" for task, level in zip(tasks, levels, strict=True)]
-    wanted = f"{m} files (each task's own teacher) or {m * m} (task i from the data of j)"
-    require(len(args.teachers) in (0, m, m * m), f"--teachers: expected {wanted}, found {len(args.teachers)}")
-    hint = "python mop_pbrl_teacher.py --task TASK; or pass --teachers train ... to train it here"
-    files = args.teachers or [find_file("checkpoints", f"{n}-teacher.pt", hint) for n in names]
-    files = [files[i] if i == j else "train" for i in range(m) for j in range(m)] if len(files) == m else files
-    jobs = []
-    for (i, j), path in zip(product(range(m), repeat=2), files, strict=True):
-        made = Path(f"checkpoints/{tasks[i]}-from-{names[j]}-teacher.pt")
-        jobs.append((i, f"from {tasks[j]}", [j], levels[j], made if path == "train" else path, path == "train"))
-    hint = "python mop_td3_collect.py --task"
-    paths = list(args.data) or [find_file("data", f"{n}.npz", f"{hint} {t}") for n, t in zip(names, tasks, strict=True)]
-    datasets = [load_dataset(path, task, sizes)[0] for path, task in zip(paths, tasks, strict=True)]
-    for i, *_, path, trained in jobs:
-        if not trained:
-            load_teacher(path, tasks[i], sizes, device)
-    outputs = [path for *_, path, trained in jobs if trained] + ([Path(args.output)] if args.output else [])
-    inputs = paths + [path for *_, path, trained in jobs if not trained]
-    name = f"{args.hidden}-{'+'.join(dict.fromkeys(args.level))}-seed{args.seed}"
-    run_dir = prepare_outputs(args, name, outputs, inputs)
-    tables = []
-    for j, (path, data) in enumerate(zip(paths, datasets, strict=True)):
-        rows = np.linspace(0, len(data["rewards"]) - 1, 50).astype(int)
-        with expecting("physics states after the actions, which give the rewards", path):
-            again = compute_rewards(tasks[j], data["physics"][rows], data["actions"][rows])
-            worst = np.abs(again - data["rewards"][rows]).max()
-            assert worst < 1e-3, f"rewards that differ by up to {worst:.3g}"
-        rewards = [data["rewards"] if task == tasks[j] else relabel(path, data, task) for task in tasks]
-        rows = [data["observations"], data["actions"], *rewards, data["next_observations"], data["terminals"]]
-        rows = [row.reshape(len(data["rewards"]), -1) for row in rows]
-        tables.append(torch.from_numpy(np.concatenate(rows, axis=1, dtype=np.float32)).to(device))
-        means = ", ".join(f"{reward.mean():.3f} as {task}" for reward, task in zip(rewards, tasks, strict=True))
-        print(f"task {j}: {tasks[j]}, {len(tables[j])} transitions, mean reward {means}")
-    return tables, jobs, run_dir
+        # evaluate, save
+        if evaluate:
+            num_episodes = args.final_eval_episodes if last else args.eval_episodes
+            returns = {}
+            report = f"step {step}:"
+            for i, task in enumerate(args.tasks):
+                seeds = range(EVAL_SEED, EVAL_SEED + num_episodes)
+                code = codes[i].tolist()
+                episodes = run_episodes(student, task, seeds, args.threads, code=code)
+                returns[task] = log_returns(writer, rows["returns"], step, task, episodes)
+                report += f" {task} {np.mean(returns[task]):.1f} +- {np.std(returns[task]):.1f}"
+                report += f" ({', '.join(teacher_returns[task])})"
+            progress.write(report)
+            progress.set_postfix({task: f"{np.mean(returns[task]):.0f}" for task in args.tasks})
+        if last:
+            checkpoint = {
+                "schema_version": SCHEMA_VERSION,
+                "kind": "student",
+                "tasks": list(args.tasks),
+                "level": list(levels),
+                "args": vars(args),
+                "step": step,
+                "sizes": {
+                    "in_dim": in_dim,
+                    "obs_dim": obs_dim,
+                    "action_dim": action_dim,
+                    "hidden": args.hidden,
+                    "log_std": None,
+                    "layer_norm": False,
+                    "task_encoding": args.task_encoding,
+                },
+                "switch": switch,
+                "returns": returns,
+                "actor": student.state_dict(),
+                "versions": VERSIONS,
+            }
+            save(run_dir / "student.pt", checkpoint)
+        if evaluate:
+            save_resume_point(run_dir, resume_point, step, modules, data_key)
+    for job in jobs:
+        if job.train:
+            print(f"wrote {job.path}")
+    print(f"wrote student.pt, returns.csv and losses.csv in {run_dir}")
 
 
-def relabel(path, data: dict, task: str) -> np.ndarray:
-    """The dataset's rewards under another task (N,) f32; kept beside it, in a file with a hash of it in its name."""
-    key = zlib.crc32(np.ascontiguousarray(data["physics"]), zlib.crc32(np.ascontiguousarray(data["actions"])))
-    cache = Path(path).with_name(f"{Path(path).stem}.{task}-{VERSIONS['mujoco']}-{key:08x}.npy")
-    with suppress(OSError, ValueError, EOFError):  # none there, or a broken one, which is made anew
-        rewards = np.load(cache, allow_pickle=False)
-        if rewards.shape == data["rewards"].shape and np.isfinite(rewards).all():
-            return rewards.astype(np.float32)
-    rewards = compute_rewards(task, data["physics"], data["actions"])
-    with suppress(SystemExit, OSError):  # no room for it: it can be computed again
-        own = cache.with_suffix(f".{os.getpid()}.npy")  # another run may be writing the same one
-        write_atomic(own, lambda file: np.save(file, rewards))
-        own.replace(cache)
-    return rewards
+# =============================== the method ends here; below: command line, episodes, files, CUDA
+def parse_args():
+    """The command line -> (args, resume point or None, device).
+
+    --scale laptop or else --resume change the defaults; flags that are given win over both.
+    """
+    args = tyro.cli(Args, description=__doc__)
+    resume_point = None
+    if args.scale == "laptop":
+        laptop_args = replace(Args(), scale="laptop", **LAPTOP)
+        args = tyro.cli(Args, description=__doc__, default=laptop_args)
+    if args.resume:
+        kind = f"resume point of {Path(__file__).name}"
+        run_dir = Path(args.resume).expanduser()
+        resume_point = read_pt(run_dir / "resume.pt", kind)
+        args = tyro.cli(Args, description=__doc__, default=Args(**resume_point["args"]))
+        args.run_dir = str(run_dir)
+    cuda = torch.cuda.is_available()
+    check(cuda or args.device != "cuda", "--device cuda: no CUDA device was found")
+    device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
+    check(device.type == "cuda" or not args.cuda_graph, "--cuda-graph: needs a CUDA device")
+    if args.resume:
+        same = resume_point["device"] == device.type
+        check(same, f"--resume: expected a run on {device.type}, found {resume_point['device']}")
+    args.threads = args.threads or num_cores()
+    torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    return args, resume_point, device
 
 
-def load_teacher(path, task: str, sizes: tuple, device):
-    """Actor, critics and episode returns of a teacher's checkpoint."""
-    checkpoint = load_checkpoint(path, ("teacher",), task)
-    actor, critics = (load_network(cls, checkpoint, path).to(device) for cls in (Actor, Critics))
-    found = actor.net[0].in_features, actor.net[-2].out_features
-    wanted = "a deterministic teacher of {} observations and {} actions".format(*sizes)
-    require(found == sizes, f"{path}: expected {wanted}, found {found}")
-    return actor, critics, checkpoint["returns"][task]
+def num_cores() -> int:
+    """CPU cores that this process may use, which on Linux can be fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
-def make_envs(task: str, n: int) -> list:
-    """n dm_control environments of DOMAIN-TASK, with flat observations; fail where the scripts cannot handle it."""
+def find_file(path: str) -> str:
+    """The path, else the bundled file of that name in pretrained/, here or above this script."""
+    candidates = [Path(path)]
+    for folder in Path(__file__).resolve().parents:
+        candidates.append(folder / "pretrained" / Path(path).name)
+    for candidate in candidates:
+        if candidate.is_file():
+            return str(candidate)
+    script = "mop_td3_collect.py" if path.startswith("data/") else "mop_pbrl_teacher.py"
+    check(False, f"{path}: not found, nor in pretrained/; {script} makes it")
+
+
+def make_run_dir(args, name: str) -> Path:
+    """The run's folder, a new or an empty one unless it is resumed or overwritten."""
+    default = f"runs/{Path(__file__).stem}-{name}-seed{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run_dir = Path(args.run_dir or default).expanduser()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    free = args.resume or args.overwrite or not any(run_dir.iterdir())
+    check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
+    return run_dir
+
+
+@cache
+def make_env(task: str):
+    """dm_control's environment of DOMAIN-TASK with flat observations, one per process."""
     domain, _, name = task.partition("-")
-    hint = ", ".join(f"{d}-{t}" for d, t in suite.ALL_TASKS if d == domain) or "for example walker-walk"
-    require((domain, name) in suite.ALL_TASKS, f"task {task}: expected DOMAIN-TASK of the dm_control suite: {hint}")
-    envs = [suite.load(domain, name, environment_kwargs={"flat_observation": True}) for _ in range(n)]
-    action = envs[0].action_spec()
-    fits = np.all(action.minimum == -1) and np.all(action.maximum == 1) and np.isfinite(envs[0]._step_limit)
-    require(fits, f"task {task}: expected actions in [-1, 1] and a time limit, found other bounds or no limit")
-    return envs
+    check((domain, name) in suite.ALL_TASKS, f"task {task}: not one of the dm_control suite")
+    env = suite.load(domain, name, environment_kwargs={"flat_observation": True})
+    bounds = env.action_spec()
+    fits = np.all(bounds.minimum == -1) and np.all(bounds.maximum == 1)
+    check(fits, f"task {task}: expected actions in [-1, 1], found other bounds")
+    return env
+
+
+def task_sizes(tasks) -> tuple[int, int]:
+    """Sizes of observations and actions, which all tasks have in common."""
+    sizes = {}
+    for task in tasks:
+        env = make_env(task)
+        obs_dim = env.observation_spec()["observations"].shape[0]
+        sizes[task] = (obs_dim, env.action_spec().shape[0])
+    alike = len(set(sizes.values())) == 1
+    check(alike, f"--tasks: expected the same sizes of observations and actions, found {sizes}")
+    return sizes[tasks[0]]
+
+
+def run_episodes(policy: nn.Module, task: str, seeds, workers: int, **options) -> list[dict]:
+    """An episode per seed, spread over worker processes -> the dicts of `run_episode`.
+
+    An episode depends on the policy, its seed and the options only, not on the workers.
+    """
+    run = partial(run_episode, pickle.dumps(deepcopy(policy).cpu()), task, **options)
+    episodes = map(run, seeds) if workers == 1 else make_workers(workers).map(run, seeds)
+    return list(tqdm(episodes, desc=task, total=len(seeds), leave=False, disable=None))
+
+
+@cache
+def make_workers(workers: int) -> ProcessPoolExecutor:
+    """Processes that stay for the whole run, since to start them takes seconds."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker)
+
+
+def start_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
 
 
 @torch.no_grad()
-def evaluate(policy, envs: list, device: torch.device) -> list[float]:
-    """Return of one episode in each environment, from fixed initial states, all stepped together; policy: (n, obs) ->
-    (n, act or more) tensors, of which a Gaussian policy's mean comes first."""
-    for e, env in enumerate(envs):
-        env.task.random.seed(EVAL_SEED + e)
-    steps, returns, action_dim = [env.reset() for env in envs], np.zeros(len(envs)), envs[0].action_spec().shape[0]
-    while not steps[0].last():  # all episodes have the same time limit
-        obs = torch.from_numpy(np.stack([step.observation["observations"] for step in steps])).float()
-        actions = policy(obs.to(device))[:, :action_dim].cpu().numpy()
-        steps = [env.step(action) for env, action in zip(envs, actions, strict=True)]
-        returns += np.array([step.reward for step in steps], np.float32)
-    return returns.tolist()
+def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
+    """One whole episode, the policy on the CPU with one state at a time.
+
+    pickled: the policy, (1, obs + code) -> (1, act), of a Gaussian one the mean comes first;
+    seed: of the initial state; code: the task id as the policy reads it. Returns arrays:
+    observations (T + 1, obs), actions (T, act), rewards (T,), physics (T + 1, state).
+    """
+    policy = pickle.loads(pickled)
+    env = make_env(task)
+    env.task.random.seed(seed)
+    time_step = env.reset()
+    obs = flat(time_step)
+    action_dim = env.action_spec().shape[0]
+    episode = {"observations": [obs], "actions": [], "rewards": []}
+    episode["physics"] = [env.physics.get_state()]
+    while not time_step.last():
+        x = torch.from_numpy(np.append(obs, code).astype(np.float32))
+        action = policy(x[None])[0, :action_dim].numpy()
+        time_step = env.step(action)
+        obs = flat(time_step)
+        episode["observations"].append(obs)
+        episode["actions"].append(action)
+        episode["rewards"].append(time_step.reward)
+        episode["physics"].append(env.physics.get_state())
+    return {name: np.array(values) for name, values in episode.items()}
 
 
-def require(condition, message: str) -> None:
-    """One clear line on standard error and exit code 1, no traceback, unless the condition holds."""
+def flat(time_step) -> np.ndarray:
+    """The observation of a time step of dm_control, (obs,) float32."""
+    return time_step.observation["observations"].astype(np.float32)
+
+
+def load_dataset(path, task: str, obs_dim: int, action_dim: int) -> dict:
+    """The arrays of a dataset .npz and its metadata, as in docs/formats.md, all checked."""
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # np.load checks only what it reads
+        with np.load(path, allow_pickle=False) as file:
+            data = {name: file[name] for name in DATASET}
+            metadata = json.loads(str(file["metadata"]))
+        known = metadata["schema_version"] == SCHEMA_VERSION and metadata["task"] == task
+    except Exception as error:
+        check(False, f"{path}: expected a dataset as in docs/formats.md; found {error!r:.300}")
+    check(damaged is None, f"{path}: damaged bytes in {damaged}")
+    check(known, f"{path}: expected data of {task}, schema {SCHEMA_VERSION}; found {metadata}")
+    num_rows = len(data["rewards"])
+    widths = {"observations": obs_dim, "actions": action_dim, "next_observations": obs_dim}
+    for name, dtype in DATASET.items():
+        found = data[name]
+        shape = (num_rows, widths[name]) if name in widths else (num_rows, *found.shape[1:])
+        fits = found.shape == shape and found.dtype.kind == np.dtype(dtype).kind
+        check(fits, f"{path}: {name}: expected {dtype} {shape}, found {found.dtype} {found.shape}")
+        data[name] = np.ascontiguousarray(found, dtype)
+        check(np.isfinite(data[name]).all(), f"{path}: {name}: found NaN or infinite values")
+    check(np.abs(data["actions"]).max() <= 1, f"{path}: expected actions in [-1, 1]")
+    return data | {"metadata": metadata}
+
+
+def check_physics(path, data: dict, task: str) -> None:
+    """Stop unless the physics states of 50 rows give the rewards that the dataset holds."""
+    num_values = len(make_env(task).physics.get_state())
+    found = data["physics"].shape[1:]
+    check(found == (num_values,), f"{path}: expected physics states of {num_values} values")
+    rows = np.linspace(0, len(data["rewards"]) - 1, 50).astype(int)
+    own = compute_rewards(task, data["physics"][rows], data["actions"][rows])
+    error = np.abs(own - data["rewards"][rows]).max()
+    expected = f"{path}: expected physics states after the actions, which give the rewards"
+    check(error < 1e-3, f"{expected}; found rewards that differ by up to {error:.3g}")
+
+
+def relabel(path, data: dict, task: str) -> np.ndarray:
+    """The dataset's rewards under another task, (N,), kept in a file beside it.
+
+    The file's name holds MuJoCo's version and a check sum of the states and actions.
+    """
+    key = zlib.crc32(data["physics"], zlib.crc32(data["actions"]))
+    name = f"{Path(path).stem}.{task}-{mujoco.__version__}-{key:08x}.npy"
+    cache_path = Path(path).with_name(name)
+    try:
+        rewards = np.load(cache_path, allow_pickle=False)
+        right_type = rewards.dtype == np.float32 and rewards.shape == data["rewards"].shape
+        if right_type and np.isfinite(rewards).all():
+            return rewards
+    except (OSError, ValueError, EOFError):
+        pass  # there is none yet, or it is damaged and made anew
+    rewards = compute_rewards(task, data["physics"], data["actions"])
+    temporary = cache_path.with_name(f".{os.getpid()}-{name}")  # another run may write the same
+    with suppress(OSError):  # where no file can be written, the rewards are computed each time
+        np.save(temporary, rewards)
+        os.replace(temporary, cache_path)
+    return rewards
+
+
+def read_pt(path, *kinds: str) -> dict:
+    """A checkpoint or resume point of one of the kinds, read without running pickled code."""
+    expected = " or ".join(kinds)
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not compare check sums
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        kind = content["kind"]
+    except Exception as error:
+        check(False, f"{path}: expected a {expected}, a .pt file; found {error!r:.300}")
+    check(damaged is None, f"{path}: damaged bytes in {damaged}")
+    check(kind in kinds, f"{path}: expected a {expected}, found a {kind}")
+    version = content.get("schema_version", SCHEMA_VERSION)
+    check(version == SCHEMA_VERSION, f"{path}: expected schema {SCHEMA_VERSION}, found {version}")
+    check_finite(path, content)
+    return content
+
+
+def load_teacher(path, task: str, obs_dim: int, action_dim: int) -> dict:
+    """A teacher's checkpoint, as in docs/formats.md, of the task and its sizes."""
+    teacher = read_pt(path, "teacher")
+    found = (teacher["tasks"], teacher["sizes"]["in_dim"], teacher["sizes"]["action_dim"])
+    expected = ([task], obs_dim, action_dim)
+    check(found == expected, f"{path}: expected (task, obs, actions) {expected}, found {found}")
+    return teacher
+
+
+def load_actor(checkpoint: dict) -> Actor:
+    """The frozen policy of a checkpoint."""
+    sizes = checkpoint["sizes"]
+    out_dim = sizes["action_dim"] * (2 if sizes["log_std"] else 1)
+    actor = Actor(sizes["in_dim"], out_dim, sizes["hidden"])
+    actor.load_state_dict(checkpoint["actor"])
+    return actor.requires_grad_(False)
+
+
+def load_critics(teacher: dict) -> Critics:
+    """The frozen critics of a teacher's checkpoint."""
+    sizes = teacher["sizes"]
+    num_critics = len(teacher["critics"]["w1"])
+    critics = Critics(num_critics, sizes["obs_dim"], sizes["action_dim"], sizes["hidden"])
+    critics.load_state_dict(teacher["critics"])
+    return critics.requires_grad_(False)
+
+
+def log(writer: SummaryWriter, rows: list, step: int, metrics: dict) -> None:
+    """Metrics to TensorBoard and to the rows of losses.csv; stop at one that is not finite."""
+    for name, value in metrics.items():
+        value = float(value)
+        check(math.isfinite(value), f"step {step}: {name} is {value}; try a lower learning rate")
+        writer.add_scalar(name, value, step)
+        rows.append([step, name, value])
+
+
+def log_returns(writer: SummaryWriter, rows: list, step: int, task: str, episodes: list) -> list:
+    """Episode returns, also to TensorBoard (their mean) and to the rows of returns.csv."""
+    returns = [float(episode["rewards"].sum()) for episode in episodes]
+    for e, value in enumerate(returns):
+        rows.append([step, task, e, value])
+    writer.add_scalar(f"return/{task}", np.mean(returns), step)
+    return returns
+
+
+def write_csv(path: Path, header: str, rows: list) -> None:
+    """The rows as a CSV file that appears whole."""
+    temporary = path.with_name(f".{path.name}")
+    lines = [header] + [",".join(map(str, row)) for row in rows]
+    temporary.write_text("\n".join(lines) + "\n")
+    os.replace(temporary, path)
+
+
+def save(path: Path, content: dict) -> None:
+    """The content as a .pt file that appears whole; stop where a number in it is not finite."""
+    check_finite(path.name, content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def save_resume_point(run_dir: Path, resume_point: dict, step: int, modules, data_key: int) -> None:
+    """Write the CSV files and resume.pt: networks, optimisers and random states at this step."""
+    rows = resume_point["rows"]
+    write_csv(run_dir / "returns.csv", "step,task,episode,return", rows["returns"])
+    write_csv(run_dir / "losses.csv", "step,metric,value", rows["losses"])
+    resume_point["step"] = step
+    resume_point["data_key"] = data_key
+    resume_point["modules"] = {name: module.state_dict() for name, module in modules.items()}
+    resume_point["random_states"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    save(run_dir / "resume.pt", resume_point)
+
+
+def restore(resume_point: dict, modules: dict, data_key: int) -> None:
+    """Networks, optimisers and random states as they were at the resume point."""
+    check(resume_point["data_key"] == data_key, "--resume: expected the same data and teachers")
+    for name, module in modules.items():
+        module.load_state_dict(resume_point["modules"][name])
+    torch.set_rng_state(resume_point["random_states"][0])
+    torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
+
+
+def check_finite(name, content) -> None:
+    """Stop at the first tensor of a nested dict that holds NaN or infinite values."""
+    if isinstance(content, dict):
+        for key, part in content.items():
+            check_finite(f"{name}: {key}", part)
+    if isinstance(content, torch.Tensor):
+        check(content.isfinite().all(), f"{name}: NaN or infinite values")
+
+
+def absolute(**flags) -> dict:
+    """Flags that name a file or files, so that they mean the same in another folder."""
+    paths = {}
+    for flag, value in flags.items():
+        several = isinstance(value, list | tuple)
+        paths[flag] = tuple(map(os.path.abspath, value)) if several else os.path.abspath(value)
+    return paths
+
+
+def check_output(path: Path, args) -> None:
+    """Stop before training where a file would be replaced."""
+    free = args.overwrite or args.resume or not path.exists()
+    check(free, f"{path}: exists; pass --overwrite to replace it")
+
+
+def check_sum(tensors: list) -> int:
+    """CRC of the data that a run learns from, to compare when it is resumed."""
+    crc = 0
+    for tensor in tensors:
+        crc = zlib.crc32(tensor.cpu().numpy(), crc)
+    return crc
+
+
+def check(condition, message: str) -> None:
+    """Stop with one line on standard error and exit code 1 unless the condition holds."""
     if not condition:
         raise SystemExit(f"{Path(sys.argv[0]).name}: error: {message}")
 
 
-@contextmanager
-def expecting(what: str, subject):
-    """Whatever fails inside becomes one line: its subject (a file, a flag), what was expected of it, what was found."""
-    try:
-        yield
-    except Exception as error:
-        kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-        require(False, f"{subject}: expected {what}; found {kind}{' '.join(str(error).split())[:300]}")
+def capture(function):
+    """function, from its fourth call on replayed as one CUDA graph: the same kernels on the same
+    memory, without Python between them. Its tensor arguments are copied to where the graph reads
+    them; what it returns is overwritten by the next call.
+    """
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    calls = 0
+    inputs = None
+    outputs = None
 
+    def call(*arguments):
+        nonlocal calls, inputs, outputs
+        calls += 1
+        if calls <= 3:  # states that are made lazily come to be outside the graph
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = function(*arguments)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if calls == 4:
+            inputs = [argument.clone() for argument in arguments]
+            with torch.cuda.graph(graph, stream=stream):
+                outputs = function(*inputs)  # recorded, not run
+        for kept, argument in zip(inputs, arguments, strict=True):
+            kept.copy_(argument)
+        graph.replay()
+        return outputs
 
-def find_file(folder: str, name: str, hint: str) -> Path:
-    """folder/name, else the bundled pretrained/name beside this script (and say so); fail with the hint otherwise."""
-    path, bundled = Path(folder) / name, Path(__file__).resolve().parent / "pretrained" / name
-    require(path.is_file() or bundled.is_file(), f"{path}: not found, nor in pretrained/; make it with: {hint}")
-    if path.is_file():
-        return path
-    print(f"{path} is not there: using the bundled pretrained/{name}")
-    return bundled
-
-
-def load_dataset(path, task: str | None, sizes: tuple) -> tuple[dict, dict]:
-    """Read a dataset .npz and check it, for the sizes (obs, act) and, if given, the task -> (arrays, metadata)."""
-    hint = f"python mop_td3_collect.py --task {task or 'TASK'}"
-    text = f"a dataset .npz with metadata as in docs/formats.md, no pickled objects (made by {hint})"
-    with expecting(text, path), np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
-        file = np.load(path, allow_pickle=False)
-        data, metadata = {name: file[name] for name in DATASET}, json.loads(str(file["metadata"]))
-        assert metadata["schema_version"] == SCHEMA_VERSION, f"schema version {metadata['schema_version']}"
-        assert task in (None, metadata["task"]), f"data of {metadata['task']}, not of {task}"
-        assert np.isfinite(sum(r := metadata["episode_returns"]) / len(r)), "episode_returns that are not all finite"
-        n = data["rewards"].size
-        for name, (dtype, ndim) in DATASET.items():
-            array, kind = data[name], np.dtype(dtype).kind
-            fits = array.dtype.kind == kind and array.ndim == ndim and len(array) == n and array.size > 0
-            assert fits, f"{name}: {array.dtype} with shape {array.shape} (rewards: {n} rows)"
-            data[name] = array.astype(dtype, copy=False)
-            finite = np.isfinite(data[name].reshape(n, -1)).all(axis=1)
-            assert finite.all(), f"{name}: a NaN or infinite value, first in row {finite.argmin()}"
-        found, wanted = [data[k].shape[1] for k in ("observations", "actions", "next_observations")], [*sizes, sizes[0]]
-        assert found == wanted, f"observations, actions and next_observations of {found} values, not {wanted}"
-        assert np.abs(data["actions"]).max() <= 1, f"actions outside [-1, 1]: {np.abs(data['actions']).max():.4g}"
-    return data, metadata
-
-
-def load_checkpoint(path, kinds: tuple[str, ...], task: str | None = None) -> dict:
-    """Read a checkpoint (docs/formats.md) and check it, of one of the kinds, and of the task if given."""
-    with expecting("a readable checkpoint of these scripts, without pickled objects (those are refused)", path):
-        assert zipfile.ZipFile(path).testzip() is None, "damaged bytes"  # torch.load does not compare check sums
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found, tasks, _, _ = (checkpoint[key] for key in ("schema_version", "tasks", "level", "step"))
-        assert found == SCHEMA_VERSION, f"schema version {found}, not {SCHEMA_VERSION}"
-        assert checkpoint["kind"] in kinds, f"kind {checkpoint['kind']}, not {' or '.join(kinds)}"
-        assert task is None or tasks == [task], f"{', '.join(tasks)}, not {task}"
-        assert all(np.isfinite(sum(r := checkpoint["returns"][t]) / len(r)) for t in tasks), "returns not all finite"
-    return checkpoint
-
-
-def load_network(cls, checkpoint: dict, path) -> nn.Module:
-    """The frozen Actor or Critics of a checkpoint, built without memory until the weights are known to fit."""
-    with expecting("weights and sizes that fit together", path), torch.device("meta"):
-        sizes, weights = checkpoint["sizes"], checkpoint["actor" if cls is Actor else "critics"]
-        if cls is Actor:
-            assert sizes.get("log_std") is None or len(sizes["log_std"]) == 2, f"log_std {sizes['log_std']}"
-            out_dim = sizes["action_dim"] * (2 if sizes.get("log_std") else 1)
-            network = Actor(sizes["in_dim"], out_dim, sizes["hidden"])
-        else:
-            network = Critics(len(weights["w1"]), sizes["obs_dim"], sizes["action_dim"], sizes["hidden"])
-        network.load_state_dict(weights, assign=True)
-        sane = all(w.is_floating_point() and (w.abs() < 1e6).all() for w in network.parameters())
-        assert sane, "weights that are NaN, infinite or beyond a million"
-    return network.float().requires_grad_(False)
-
-
-def write_atomic(path, write) -> None:
-    """Call write(temporary file object beside path), then rename: a reader sees the old file or the whole new one."""
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-    with expecting("free space and a folder you may write to", path):
-        try:
-            with open(temporary, "wb") as file:
-                write(file)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def save_point(run_dir: Path, step: int, modules: dict, generator, tables, rows: list, **more) -> None:
-    """Write the run's resume point: everything that restore puts back or compares, and more; only if it is finite."""
-    require(all_finite(modules), f"step {step}: weights or Adam's states are not finite; try a lower learning rate")
-    state = {name: module.state_dict() for name, module in modules.items()} | more
-    state |= {"script": Path(__file__).stem, "argv": sys.argv[1:], "step": step, "rows": rows}
-    state |= {"data_key": [zlib.crc32(table.cpu().numpy()) for table in tables], "generator": generator.get_state()}
-    write_atomic(run_dir / "resume.pt", partial(torch.save, state))
-
-
-def all_finite(modules: dict) -> bool:
-    """Whether the weights of the networks and Adam's states are."""
-    states = [s for module in modules.values() for s in getattr(module, "state", {}).values()]
-    weights = [module.parameters() for module in modules.values() if isinstance(module, nn.Module)]
-    return all(x.isfinite().all() for values in [*weights, *(s.values() for s in states)] for x in values)
-
-
-def restore(point: dict | None, steps: int, modules: dict, generator, tables) -> tuple[int, list]:
-    """Put a resume point's networks, optimisers and random numbers back -> (steps done, evaluations); None: (0, [])."""
-    if point is None:
-        return 0, []
-    with expecting("a resume point that fits the arguments and the data", "--resume"):
-        assert point["data_key"] == [zlib.crc32(table.cpu().numpy()) for table in tables], "one of other data"
-        assert point["step"] in range(1, steps + 1), f"{point['step']} steps done of {steps}"
-        for name, module in modules.items():  # Adam with the learning rate of these arguments
-            module.load_state_dict(point[name] | {k: v for k, v in module.state_dict().items() if k == "param_groups"})
-            for parameter, state in getattr(module, "state", {}).items():  # Adam's, whose shapes torch does not check
-                assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape, f"other shapes in {name}"
-        assert all_finite(modules), "weights or Adam's states that are not finite"
-        generator.set_state(point["generator"])
-        return int(point["step"]), [[int(now), str(task), list(map(float, v))] for now, task, v in point["rows"]]
-
-
-def parse_args(cls, laptop: dict):
-    """Command line -> (arguments, resume point or None, device); --resume puts the stored command line before this one,
-    --scale gives the defaults of the flags. Sets torch's CPU threads (0: all cores) and precision."""
-    parse = partial(tyro.cli, cls, description=sys.modules[cls.__module__].__doc__)
-    args, point = parse(), None
-    if args.resume is not None:
-        path = Path(args.resume) / "resume.pt"
-        with expecting(f"a run folder with a resume point of {Path(__file__).name}", f"--resume {args.resume}"):
-            assert zipfile.ZipFile(path).testzip() is None, "damaged bytes"
-            point = torch.load(path, map_location="cpu", weights_only=True)
-            assert point["script"] == Path(__file__).stem, f"one of {point['script']}.py"
-            sys.argv[1:] = [*map(str, point["argv"]), *sys.argv[1:], "--run-dir", args.resume]
-        args = parse()
-    if args.scale == "laptop":
-        args = parse(default=replace(cls(), **laptop, scale="laptop"))
-        print("--scale laptop:", *(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in laptop))
-    for name, value in vars(args).items():
-        if isinstance(value, int | float):
-            low, high = 0 if name in MAY_BE_ZERO or isinstance(value, bool) else "above 0", LIMITS.get(name, 2**31 - 1)
-            fits = 0 <= value <= high and (value > 0 or low == 0)  # not so of NaN
-            require(fits, f"--{name.replace('_', '-')}: expected a number from {low} to {high}, found {value}")
-    cuda = torch.cuda.is_available()
-    require(args.device != "cuda" or cuda, "--device cuda: no CUDA device was found; use --device cpu")
-    torch.set_num_threads(args.threads or os.cpu_count())
-    torch.set_float32_matmul_precision(args.matmul_precision)
-    with suppress(AttributeError, OSError, TypeError):  # glibc only: reuse freed memory, new pages cost page faults
-        for option, value in ((-1, 2**30), (-3, 2**26)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
-    return args, point, torch.device("cuda" if args.device != "cpu" and cuda else "cpu")
-
-
-def prepare_outputs(args, name: str | None, outputs: list[Path], inputs: list) -> Path:
-    """Make the run's folder (if named) and those of the outputs; fail where something would be lost or not written."""
-    run_dir = Path(args.run_dir or f"runs/{Path(__file__).stem}-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if args.resume is None and name:
-        empty = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
-        hint = "choose another, or continue a run that has a resume.pt with --resume"
-        require(empty, f"--run-dir {run_dir}: expected an empty folder or a new one; {hint}")
-    taken = [*inputs, *(run_dir / part for part in ("", ".lock", "resume.pt", "returns.csv", "tau.csv"))]
-    for path in outputs:
-        require(not path.exists() or args.resume or args.overwrite, f"{path}: exists; pass --overwrite to replace it")
-        fits = path.resolve() not in [Path(x).resolve() for x in taken] and (path.is_file() or not path.exists())
-        require(fits, f"{path}: expected a file to write, found an input, a part of {run_dir}, or no plain file")
-    for path in [*outputs, *([run_dir / "resume.pt"] if name else [])]:
-        with expecting("a folder that can be made and written, and no other run that will write this file", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            assert os.access(path.parent, os.W_OK), "no permission"
-            lock = os.open(path.parent / ".lock", os.O_CREAT | os.O_RDWR)  # a byte per file, till the process ends
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, zlib.crc32(path.name.encode()))
-
-    def stop(number, frame):
-        hint = f"; continue with --resume {run_dir}" if (run_dir / "resume.pt").exists() else ", without a resume point"
-        print(f"{Path(sys.argv[0]).name}: stopped{hint}", file=sys.stderr)
-        sys.exit(128 + number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C; kill
-        signal.signal(number, stop)
-    return run_dir
-
-
-def log(writer: SummaryWriter, step: int, metrics: dict) -> dict:
-    """Write () tensors and numbers to TensorBoard, return them as numbers; stop at one that is NaN or infinite."""
-    values = {name: float(value) for name, value in metrics.items()}
-    for name, value in values.items():
-        hint = "training diverged, the last resume point is from before; try a lower learning rate"
-        require(np.isfinite(value), f"step {step}: {name} is {value}: {hint}")
-        writer.add_scalar(name, value, step)
-    return values
-
-
-def write_returns(run_dir: Path, writer: SummaryWriter, rows: list, references: dict, new: int) -> str:
-    """returns.csv of rows (step, task, episode returns); of the `new` last ones TensorBoard's means, and text."""
-    lines = [f"{step},{task},{e},{value:.4f}\n" for step, task, values in rows for e, value in enumerate(values)]
-    write_atomic(run_dir / "returns.csv", lambda f: f.write("".join(["step,task,episode,return\n", *lines]).encode()))
-    texts = [f"step {rows[-1][0]}:"]
-    for step, task, values in rows[-new:]:
-        writer.add_scalar(f"return/{task}", np.mean(values), step)
-        beside = ", ".join(f"{name} {value:.1f}" for name, value in references.get(task, {}).items())
-        texts.append(f"{task} {np.mean(values):.1f} +- {np.std(values):.1f}{beside and f' ({beside})'}")
-    return " ".join(texts)
-
-
-def in_cuda_graph(update, enabled: bool, generator: torch.Generator):
-    """update itself, or if enabled on CUDA a call that replays it as one CUDA graph: the same kernels on the same
-    memory without Python between them, so that what a call returns is overwritten by the next one."""
-    if not enabled or generator.device.type != "cuda":
-        return update
-
-    def calls():
-        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        graph.register_generator_state(generator)
-        for _ in range(3):  # run eagerly: lazily made states and workspaces come to be outside the graph
-            torch.cuda.synchronize()
-            with torch.cuda.stream(side):
-                result = update()
-            torch.cuda.synchronize()
-            yield result
-        with torch.cuda.graph(graph, stream=side):
-            result = update()  # recorded, not run
-        while True:
-            graph.replay()
-            yield result
-
-    return calls().__next__
+    return call
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@
 
 Pessimistic Bootstrapping for offline RL: K critics and an actor learn from one dataset; the
 environment serves for evaluation only. The disagreement of the critics is the uncertainty
-U(s, a) = std_k Q_k(s, a). With - for target networks, critic k minimises the squared errors
+U(s, a) = std_k Q_k(s, a). With Q-, U-, pi- of the target networks, critic k minimises
 
   in distribution:      (Q_k(s, a) - r - gamma (Q-_k(s', a') - beta_in U-(s', a')))^2
-  out of distribution:  (Q_k(s, b) - max(Q_k(s, b) - beta_ood U(s, b), 0))^2
+  out of distribution:  (Q_k(x, b) - max(Q_k(x, b) - beta_ood U(x, b), 0))^2
 
-where a' = pi-(s') + noise, the actions b lie around pi(s) and pi(s'), no gradient flows through
-a target, and beta_ood decays. Every second step the actor maximises min_k Q_k(s, pi(s)).
+where a' = pi-(s') + noise, b = pi(x) + noise for x = s and x = s', no gradient flows through the
+subtracted targets, and beta_ood decays. Every second step the actor maximises
+min_k Q_k(s, pi(s)); the target networks follow at every step.
 
 Source: Bai et al. 2022 (arXiv 2202.11566); van Lith 2024, section 5.1.1.
 
@@ -37,7 +38,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
-import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
@@ -49,6 +49,7 @@ from tqdm import tqdm
 
 if __name__ == "__main__":
     os.environ["MUJOCO_GL"] = "disable"  # nothing is rendered here, whatever the shell asks for
+import mujoco
 from dm_control import suite
 
 SCHEMA_VERSION = 1  # of datasets and checkpoints
@@ -100,9 +101,9 @@ class Args:
     eval_every: int = 10_000
     """steps between evaluations, each followed by a resume point"""
     eval_episodes: int = 10
-    """episodes per task and evaluation, always from the same initial states"""
+    """episodes per evaluation and task, always from the same initial states"""
     final_eval_episodes: int = 100
-    """episodes per task of the evaluation at the last step, which the checkpoint holds"""
+    """episodes of the evaluation at the last step, which the checkpoint holds"""
     overwrite: bool = False
     """replace files of an earlier run"""
 
@@ -148,7 +149,7 @@ class Args:
     beta_ood: float = 3.0
     """uncertainty penalty in the OOD targets, at the start"""
     beta_ood_min: float = 0.1
-    """the same, at the end"""
+    """lower bound of beta_ood"""
     beta_ood_decay: float = 0.99995
     """factor of beta_ood per step"""
     bc_coef: float = 0.0
@@ -219,7 +220,7 @@ def clipped_noise(like: torch.Tensor, std: float, bound: float) -> torch.Tensor:
 
 
 def uncertainty(q: torch.Tensor) -> torch.Tensor:
-    """U = std_k Q_k with K - 1, (K, B) -> (B,); torch.std is slow over so short a dimension."""
+    """U: sample std over the K critics, (K, B) -> (B,); torch.std is slow for so few."""
     return ((q - q.mean(dim=0)).square().sum(dim=0) / (len(q) - 1)).sqrt()
 
 
@@ -234,17 +235,18 @@ def pbrl_critic_loss(critics, target_critics, policy, target_policy, batch, beta
     with torch.no_grad():
         # target of the data
         next_action = target_policy(next_obs)
-        noise = clipped_noise(next_action, args.policy_noise, args.noise_clip)
-        next_q = target_critics(next_obs, (next_action + noise).clamp(-1, 1))  # (K, B)
+        target_noise = clipped_noise(next_action, args.policy_noise, args.noise_clip)
+        next_action = (next_action + target_noise).clamp(-1, 1)
+        next_q = target_critics(next_obs, next_action)  # (K, B)
         next_value = next_q - args.beta_in * uncertainty(next_q)
         target = batch["rewards"] + args.gamma * ~batch["terminals"] * next_value
 
         # OOD actions around pi(s) and pi(s')
-        ood_obs = torch.cat([obs, next_obs])  # (2B, obs)
-        ood_action = policy(ood_obs).repeat(args.num_ood, 1)  # (num_ood * 2B, act)
-        noise = clipped_noise(ood_action, args.ood_noise, args.noise_clip)
-        ood_action = (ood_action + noise).clamp(-1, 1)
-        ood_obs = ood_obs.repeat(args.num_ood, 1)
+        both_obs = torch.cat([obs, next_obs])  # (2B, obs)
+        ood_action = policy(both_obs).repeat(args.num_ood, 1)  # (num_ood * 2B, act)
+        ood_noise = clipped_noise(ood_action, args.ood_noise, args.noise_clip)
+        ood_action = (ood_action + ood_noise).clamp(-1, 1)
+        ood_obs = both_obs.repeat(args.num_ood, 1)
 
     # one pass over data and OOD rows, which is faster than two
     all_action = torch.cat([batch["actions"], ood_action])
@@ -324,7 +326,6 @@ def main():
     output = Path(args.output or f"checkpoints/{args.task}-{args.level}-{kind}.pt").expanduser()
     check_output(output, args)
     run_dir = make_run_dir(args, output.stem)
-    writer = SummaryWriter(run_dir)
 
     # networks
     stream = "" if args.common_seed else f" teacher {args.task} from {args.task}"
@@ -356,13 +357,17 @@ def main():
     if resume_point:
         check(resume_point["data_key"] == data_key, "--resume: expected the same data")
         start = resume_point["step"]
+        check(start < args.gradient_steps, "--resume: this run has made all its --gradient-steps")
         rows = resume_point["rows"]
         for name, module in modules.items():
             module.load_state_dict(resume_point[name])
-        actor_optimizer.param_groups[0]["lr"] = args.learning_rate
-        critic_optimizer.param_groups[0]["lr"] = args.learning_rate
+        for optimizer in (actor_optimizer, critic_optimizer):
+            optimizer.param_groups[0]["lr"] = args.learning_rate
+            optimizer.param_groups[0]["capturable"] = args.cuda_graph
         torch.set_rng_state(resume_point["random_states"][0])
         torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
+
+    writer = SummaryWriter(run_dir, purge_step=start + 1)
 
     def update_critics(beta_ood):
         index = torch.randint(num_transitions, (args.batch_size,), device=device)
@@ -373,7 +378,7 @@ def main():
         critic_optimizer.zero_grad()
         loss.backward()
         critic_optimizer.step()
-        return batch["observations"], batch["actions"], metrics
+        return batch["observations"], batch["actions"], metrics  # for the actor's update
 
     def update_actor(obs, action):
         loss = pbrl_actor_loss(policy, critics, obs, action, args.bc_coef)
@@ -392,7 +397,8 @@ def main():
     progress = tqdm(range(start + 1, args.gradient_steps + 1), desc=output.stem, disable=None)
     for step in progress:
         beta_ood = max(args.beta_ood * args.beta_ood_decay**step, args.beta_ood_min)
-        obs, action, metrics = update_critics(torch.full((), beta_ood, device=device))
+        beta_ood = torch.full((), beta_ood, device=device)  # a CUDA graph reads tensors only
+        obs, action, metrics = update_critics(beta_ood)
         if step % args.policy_frequency == 0:
             update_actor(obs, action)
         update_targets()
@@ -457,7 +463,7 @@ def main():
 def parse_args():
     """The command line -> (args, resume point or None, device).
 
-    --scale laptop and --resume change the defaults; flags that are given win over both.
+    --scale laptop or else --resume change the defaults; flags that are given win over both.
     """
     args = tyro.cli(Args, description=__doc__)
     resume_point = None
@@ -466,19 +472,28 @@ def parse_args():
         args = tyro.cli(Args, description=__doc__, default=laptop_args)
     if args.resume:
         kind = f"resume point of {Path(__file__).name}"
-        resume_point = read_pt(Path(args.resume) / "resume.pt", kind)
+        run_dir = Path(args.resume).expanduser()
+        resume_point = read_pt(run_dir / "resume.pt", kind)
         args = tyro.cli(Args, description=__doc__, default=Args(**resume_point["args"]))
-        args.run_dir = args.resume
+        args.run_dir = str(run_dir)
     cuda = torch.cuda.is_available()
     check(cuda or args.device != "cuda", "--device cuda: no CUDA device was found")
     device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
+    check(device.type == "cuda" or not args.cuda_graph, "--cuda-graph: needs a CUDA device")
     if args.resume:
         same = resume_point["device"] == device.type
         check(same, f"--resume: expected a run on {device.type}, found {resume_point['device']}")
-    args.threads = args.threads or len(os.sched_getaffinity(0))
+    args.threads = args.threads or num_cores()
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
     return args, resume_point, device
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use, which on Linux can be fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def find_file(path: str) -> str:
@@ -584,7 +599,7 @@ def flat(time_step) -> np.ndarray:
 def load_dataset(path, task: str, obs_dim: int, action_dim: int) -> dict:
     """The arrays of a dataset .npz and its metadata, as in docs/formats.md, all checked."""
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # np.load compares check sums of what it reads only
+        damaged = zipfile.ZipFile(path).testzip()  # np.load checks only what it reads
         with np.load(path, allow_pickle=False) as file:
             data = {name: file[name] for name in DATASET}
             metadata = json.loads(str(file["metadata"]))
@@ -617,6 +632,8 @@ def read_pt(path, *kinds: str) -> dict:
         check(False, f"{path}: expected a {expected}, a .pt file; found {error!r:.300}")
     check(damaged is None, f"{path}: damaged bytes in {damaged}")
     check(kind in kinds, f"{path}: expected a {expected}, found a {kind}")
+    version = content.get("schema_version", SCHEMA_VERSION)
+    check(version == SCHEMA_VERSION, f"{path}: expected schema {SCHEMA_VERSION}, found {version}")
     check_finite(path, content)
     return content
 

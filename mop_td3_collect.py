@@ -38,7 +38,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
-import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
@@ -50,6 +49,7 @@ from tqdm import tqdm
 
 if __name__ == "__main__":
     os.environ["MUJOCO_GL"] = "disable"  # nothing is rendered here, whatever the shell asks for
+import mujoco
 from dm_control import suite
 
 SCHEMA_VERSION = 1  # of datasets and checkpoints
@@ -94,7 +94,7 @@ class Args:
     eval_every: int = 10_000
     """steps between evaluations and resume points, a multiple of the episode length"""
     eval_episodes: int = 10
-    """episodes per task and evaluation, always from the same initial states"""
+    """episodes per evaluation and task, always from the same initial states"""
     final_eval_episodes: int = 100
     """episodes of the evaluation that a checkpoint holds"""
     overwrite: bool = False
@@ -261,7 +261,6 @@ def train(args, resume_point, device) -> None:
     for path in outputs.values():
         check_output(path, args)
     run_dir = make_run_dir(args, args.task)
-    writer = SummaryWriter(run_dir)
 
     # networks
     torch.manual_seed(zlib.crc32(f"{args.seed} behavior {args.task}".encode()))
@@ -299,10 +298,13 @@ def train(args, resume_point, device) -> None:
         physics[:start] = resume_point["physics"]
         for name, module in modules.items():
             module.load_state_dict(resume_point[name])
-        actor_optimizer.param_groups[0]["lr"] = args.learning_rate
-        critic_optimizer.param_groups[0]["lr"] = args.learning_rate
+        for optimizer in (actor_optimizer, critic_optimizer):
+            optimizer.param_groups[0]["lr"] = args.learning_rate
+            optimizer.param_groups[0]["capturable"] = args.cuda_graph
         torch.set_rng_state(resume_point["random_states"][0])
         torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
+
+    writer = SummaryWriter(run_dir, purge_step=start + 1)
 
     def update_critics(obs, action, reward, next_obs):
         batch = (obs, action, reward.squeeze(1), next_obs)
@@ -500,7 +502,8 @@ def save_dataset(path: Path, data: dict, task: str, source: dict, args) -> None:
         data[name] = data[name].astype(dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    np.savez(temporary, **data, metadata=np.array(json.dumps(metadata)))
+    with open(temporary, "wb") as file:  # np.savez adds .npz to a name that lacks it
+        np.savez(file, **data, metadata=np.array(json.dumps(metadata)))
     os.replace(temporary, path)
     print(f"wrote {path}: {len(data['rewards'])} transitions, return {np.mean(returns):.1f}")
 
@@ -522,7 +525,7 @@ def main():
 def parse_args():
     """The command line -> (args, resume point or None, device).
 
-    --scale laptop and --resume change the defaults; flags that are given win over both.
+    --scale laptop or else --resume change the defaults; flags that are given win over both.
     """
     args = tyro.cli(Args, description=__doc__)
     resume_point = None
@@ -531,19 +534,28 @@ def parse_args():
         args = tyro.cli(Args, description=__doc__, default=laptop_args)
     if args.resume:
         kind = f"resume point of {Path(__file__).name}"
-        resume_point = read_pt(Path(args.resume) / "resume.pt", kind)
+        run_dir = Path(args.resume).expanduser()
+        resume_point = read_pt(run_dir / "resume.pt", kind)
         args = tyro.cli(Args, description=__doc__, default=Args(**resume_point["args"]))
-        args.run_dir = args.resume
+        args.run_dir = str(run_dir)
     cuda = torch.cuda.is_available()
     check(cuda or args.device != "cuda", "--device cuda: no CUDA device was found")
     device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
+    check(device.type == "cuda" or not args.cuda_graph, "--cuda-graph: needs a CUDA device")
     if args.resume:
         same = resume_point["device"] == device.type
         check(same, f"--resume: expected a run on {device.type}, found {resume_point['device']}")
-    args.threads = args.threads or len(os.sched_getaffinity(0))
+    args.threads = args.threads or num_cores()
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
     return args, resume_point, device
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use, which on Linux can be fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def make_run_dir(args, name: str) -> Path:
@@ -650,6 +662,8 @@ def read_pt(path, *kinds: str) -> dict:
         check(False, f"{path}: expected a {expected}, a .pt file; found {error!r:.300}")
     check(damaged is None, f"{path}: damaged bytes in {damaged}")
     check(kind in kinds, f"{path}: expected a {expected}, found a {kind}")
+    version = content.get("schema_version", SCHEMA_VERSION)
+    check(version == SCHEMA_VERSION, f"{path}: expected schema {SCHEMA_VERSION}, found {version}")
     check_finite(path, content)
     return content
 

@@ -2,11 +2,13 @@
 
     python reproduce/figures.py --scale laptop
 
-Out: docs/results/<scale>/<name>.png, and in docs/results.md what stands between `<!-- table <scale> <name> -->` and
-`<!-- end -->`. What the thesis's text says, and of which quantities, stands in findings.csv beside this file.
+Out: docs/results/<scale>/<name>.png, and in docs/results.md what stands between
+`<!-- table <scale> <name> -->` and `<!-- end -->`. What the thesis's text says, and of which
+quantities, stands in findings.csv beside this file.
 
-A quantity is FOLDER?COLUMN=VALUE&..: per seed the mean over these rows of FOLDER/seed<s>.csv, at its last step
-(FOLDER/tau: of seed<s>-tau.csv). With #1 it is seed 1's alone, a constant. A | B is the higher of A, a constant, and B.
+A quantity is FOLDER?COLUMN=VALUE&..: per seed the mean over these rows of FOLDER/seed<s>.csv, at
+its last step (FOLDER/tau: of seed<s>-tau.csv). With #1 it is seed 1's alone, a constant. A | B is
+the higher of A, a constant, and B.
 """
 
 import csv
@@ -26,52 +28,83 @@ TASKS, LEVELS = ("walker-stand", "walker-walk"), ("medium", "expert", "medium-re
 WIDTHS, STATES = (16, 32, 64, 128, 256, 512), ("online", "noise", "random90", "random99")
 RANKINGS, REPLAY = ("none", "ndcg", "pairwise", "listwise"), ("medium-replay", "medium-replay")
 KINDS = {  # the columns, and the one that is the value
-    "tau": ("step,task,layer,tau_a_mean,tau_a_std,tau_b_mean", "tau_a_mean"),
+    "tau": ("step,task,other_task,layer,tau_a_mean,tau_a_std", "tau_a_mean"),
     "activations": ("task,layer,neuron,mean", "mean"),
     "measure": ("measure,layer,value,std", "value"),
     "cross": ("teacher,task,episode,return", "return"),
     "shift": ("measure,value,error", "value"),
     "returns": ("policy,task,evaluation,step,episode,return", "return"),
 }
+OLD_TAU = "step,task,layer,tau_a_mean,tau_a_std,tau_b_mean"  # columns of files made before
 CLAIMS = {  # a CLAIM b holds if sign * (a - b - margin * |b|) > 0
-    "above": (1, 0), "below": (-1, 0), "matches": (1, -0.05), "falls short": (-1, -0.05), "not above": (-1, 0.05),
-}  # fmt: skip
+    "above": (1, 0),
+    "below": (-1, 0),
+    "matches": (1, -0.05),
+    "falls short": (-1, -0.05),
+    "not above": (-1, 0.05),
+}
 VERDICTS = "as the thesis", "against the thesis", "open", "one seed", "not run"
-BEHAVIORS = {"medium": ("463", "691"), "expert": ("979", "907"), "medium-replay": ("463", "691")}  # Table 4.1
+BEHAVIORS = {
+    "medium": ("463", "691"),
+    "expert": ("979", "907"),
+    "medium-replay": ("463", "691"),
+}  # Table 4.1
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#000000"  # of Okabe and Ito
 MARKERS, DASHES = "osD^vX", ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (2, 1)), (0, (8, 2)))
-RETURN, NOTE = "return (0 to 1000)", "mean over seeds; {}: its 95% interval by the t distribution, none for one seed"
+RETURN, NOTE = (
+    "return (0 to 1000)",
+    "mean over seeds; {}: its 95% interval by the t distribution, none for one seed",
+)
 
 
 def load(folder: Path) -> dict[str, dict[int, list[dict]]]:
     """FOLDER, FOLDER/tau, FOLDER/activations -> seed -> rows, with the value as "y"."""
     data = defaultdict(dict)
     for path in sorted(folder.rglob("*.csv")):
-        key, name = path.parent.relative_to(folder).parts, re.fullmatch(r"seed(\d+)(?:-(tau|activations))?", path.stem)
-        kind = (name and name[2]) or (key[0] if key and key[0] in ("measure", "cross", "shift") else "returns")
+        key = list(path.parent.relative_to(folder).parts)
+        name = re.fullmatch(r"seed(\d+)(?:-(tau|activations))?", path.stem)
+        kind = "returns"
+        if name and name[2]:
+            kind = name[2]
+        elif key and key[0] in ("measure", "cross", "shift"):
+            kind = key[0]
+        columns, value = KINDS[kind]
         with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        if not name or not rows or ",".join(map(str, rows[0])) != KINDS[kind][0]:
-            raise SystemExit(f"{path}: expected the name seed<s>[-tau].csv, the columns {KINDS[kind][0]}, and rows")
-        for i, row in enumerate(rows):
+            reader = csv.DictReader(file)
+            rows = list(reader)
+        header = ",".join(reader.fieldnames or [])
+        known = header == columns or (kind == "tau" and header == OLD_TAU)
+        if not (name and known and rows):
+            expected = f"expected the name seed<s>[-tau].csv, the columns {columns}, and rows"
+            raise SystemExit(f"{path}: {expected}")
+        for i, row in enumerate(rows, start=2):
             try:
-                row["y"], row["step"] = float(row[KINDS[kind][1]]), float(row.get("step", 0))
+                row["y"] = float(row[value])
+                row["step"] = float(row.get("step", 0))
             except (TypeError, ValueError):
-                raise SystemExit(f"{path}, line {i + 2}: expected numbers, found {row}") from None
-        data["/".join([*key, *filter(None, [name[2]])])][int(name[1])] = rows
+                raise SystemExit(f"{path}, line {i}: expected numbers, found {row}") from None
+        if name[2]:
+            key.append(name[2])
+        data["/".join(key)][int(name[1])] = rows
     return data
 
 
 def curve(data, quantity: str, evaluation="training") -> dict[int, dict[float, float]]:
     """seed -> step -> mean over the rows."""
     key, _, conditions = quantity.partition("?")
-    where = {"evaluation": evaluation, **dict(c.split("=") for c in filter(None, conditions.split("&")))}
+    where = {
+        "evaluation": evaluation,
+        **dict(c.split("=") for c in filter(None, conditions.split("&"))),
+    }
     found = defaultdict(lambda: defaultdict(list))
     for seed, rows in sorted(data.get(key, {}).items()):
         for row in rows:
             if all(row.get(column, value) == value for column, value in where.items()):
                 found[seed][row["step"]].append(row["y"])
-    return {seed: {step: float(np.mean(ys)) for step, ys in steps.items()} for seed, steps in found.items()}
+    return {
+        seed: {step: float(np.mean(ys)) for step, ys in steps.items()}
+        for seed, steps in found.items()
+    }
 
 
 def final(data, quantity: str) -> dict[int, float] | float | None:
@@ -88,8 +121,10 @@ def final(data, quantity: str) -> dict[int, float] | float | None:
 
 
 def interval(a, b=0.0) -> tuple[float, float]:
-    """Mean of a less that of b, and half its 95% interval: Student's t over seeds, Welch's if b is a sample; nan if
-    a sample has one seed."""
+    """Mean of a less that of b, and half its 95% interval.
+
+    Student's t over seeds, Welch's if b is a sample; nan if a sample has one seed.
+    """
     samples = [np.array([*x]) for x in (a, b) if not np.isscalar(x)]
     difference = float(samples[0].mean() - (b if np.isscalar(b) else samples[1].mean()))
     if min(map(len, samples)) < 2:
@@ -116,7 +151,12 @@ def describe(x) -> str:
 def finding(data, what, quantity_a, claim, quantity_b) -> list[str]:
     """A row of a table: a, b, their difference, and whether the thesis's claim holds."""
     a, b = final(data, quantity_a), final(data, quantity_b)
-    row = [what, claim, describe(a), describe(b) + " (seed 1)" * ("#1" in quantity_b and np.isscalar(b))]
+    row = [
+        what,
+        claim,
+        describe(a),
+        describe(b) + " (seed 1)" * ("#1" in quantity_b and np.isscalar(b)),
+    ]
     if not a or not b:
         return [*row, "", "not run"]
     size = b if np.isscalar(b) else float(np.mean([*b.values()]))
@@ -147,7 +187,11 @@ def findings(data, name: str) -> list[list[str]]:
     for line in lines:
         names = [n for n in choices if f"{{{n}}}" in line[0]]
         for values in itertools.product(*(choices[n] for n in names)):
-            rows.append(finding(data, *(cell.format(**dict(zip(names, values, strict=True))) for cell in line)))
+            rows.append(
+                finding(
+                    data, *(cell.format(**dict(zip(names, values, strict=True))) for cell in line)
+                )
+            )
     return rows
 
 
@@ -173,7 +217,7 @@ def grid(columns, titles, xlabel, ylabels):
 
 
 def draw(ax, points: dict, label, i):
-    """A line through the means over seeds, with the 95% interval; points: x -> values of the seeds."""
+    """A line through the means over seeds, with the 95% interval; points: x -> seeds' values."""
     points = {x: [*values] for x, values in points.items() if values}
     mean, half = np.array([interval(values) for values in points.values()]).reshape(-1, 2).T
     style = {"color": COLOURS[i], "marker": MARKERS[i], "linestyle": DASHES[i], "markersize": 4}
@@ -185,7 +229,9 @@ def draw(ax, points: dict, label, i):
 def horizontal(ax, value, label, i=0):
     if value is not None:
         linestyle = ((0, (1, 1.5)), "-.", "--")[i]
-        ax.axhline(value, color=("0", "0.5", "0.7")[i], linestyle=linestyle, linewidth=1.3, label=label)
+        ax.axhline(
+            value, color=("0", "0.5", "0.7")[i], linestyle=linestyle, linewidth=1.3, label=label
+        )
 
 
 def finish(figure, note):
@@ -197,20 +243,34 @@ def finish(figure, note):
             seeds[label] |= getattr(handle, "seeds", set())
         if not any(any(getattr(drawn, "seeds", ())) for drawn in [*ax.lines, *ax.containers]):
             ax.text(0.5, 0.15, "not run", transform=ax.transAxes, ha="center", color="0.4")
-    counts = {label: " to ".join(map(str, sorted({min(n), max(n)}))) for label, n in seeds.items() if n}
-    labels = [f"{k} ({counts[k]} seed{'s' * (counts[k] != '1')})" if k in counts else k for k in handles]
-    legend = figure.legend(handles.values(), labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    counts = {
+        label: " to ".join(map(str, sorted({min(n), max(n)}))) for label, n in seeds.items() if n
+    }
+    labels = [
+        f"{k} ({counts[k]} seed{'s' * (counts[k] != '1')})" if k in counts else k for k in handles
+    ]
+    legend = figure.legend(
+        handles.values(), labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False
+    )
     legend.set_title(note, {"size": 8})
     return figure if any(map(any, seeds.values())) else None
 
 
 def learning_curves(data, columns, panels):
     """panels: (title, {label: quantity}, {label of a horizontal line: quantity})."""
-    ylabels = ["per-state tau-a" if "/tau?" in str(lines) else RETURN for _, lines, _ in panels[::columns]]
-    figure, axes = grid(columns, [title for title, *_ in panels], "gradient steps (thousands)", ylabels)
+    ylabels = [
+        "per-state tau-a" if "/tau?" in str(lines) else RETURN for _, lines, _ in panels[::columns]
+    ]
+    figure, axes = grid(
+        columns, [title for title, *_ in panels], "gradient steps (thousands)", ylabels
+    )
     for ax, (_, lines, levels) in zip(axes, panels, strict=True):
         for i, (label, quantity) in enumerate(lines.items()):
-            seeds = curve(data, quantity).values()
+            # the final evaluation is the curve's end, unless a training's evaluation is there, too
+            training = curve(data, quantity)
+            seeds = []
+            for seed, steps in curve(data, quantity, "final").items():
+                seeds.append(steps | training.get(seed, {}))
             steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
             draw(ax, {step / 1000: [seed[step] for seed in seeds] for step in steps}, label, i)
         for i, (label, quantity) in enumerate(levels.items()):
@@ -218,7 +278,9 @@ def learning_curves(data, columns, panels):
     return finish(figure, NOTE.format("shaded"))
 
 
-def student(hidden=256, states="offline", loss="mse", regularizer="none", levels=("medium", "medium")) -> str:
+def student(
+    hidden=256, states="offline", loss="mse", regularizer="none", levels=("medium", "medium")
+) -> str:
     return f"student/{loss}-{regularizer}-{hidden}-{states}-{levels[0]}-{levels[1]}"
 
 
@@ -234,7 +296,11 @@ def by_level(data, lines):
 def by_task(data, lines, level="medium", teachers=None, tau=False):
     teachers = {k: f"{v}/{{}}-{level}#1" for k, v in (teachers or {"teacher": "teacher"}).items()}
     panels = [
-        (f"{t}, {level}", {k: f"{v}?task={t}" for k, v in lines.items()}, {k: v.format(t) for k, v in teachers.items()})
+        (
+            f"{t}, {level}",
+            {k: f"{v}?task={t}" for k, v in lines.items()},
+            {k: v.format(t) for k, v in teachers.items()},
+        )
         for t in TASKS
     ]
     panels += [
@@ -249,7 +315,10 @@ def fig51(data):
 
 
 def fig53(data):
-    lines = {"one teacher per task": "teacher/{task}-{level}", "naive multi-task": "naive/{level}?task={task}"}
+    lines = {
+        "one teacher per task": "teacher/{task}-{level}",
+        "naive multi-task": "naive/{level}?task={task}",
+    }
     lines["naive as published"] = "frozen/{level}?task={task}"
     plain = {f"{k}, plain PBRL": v.replace("/", "-plain/", 1) for k, v in lines.items()}
     return by_level(data, lines | plain)
@@ -259,7 +328,9 @@ def fig54(data):
     lines = {loss: student(loss=loss) for loss in ("mse", "q", "kl")}
     lines["kl, std bounded as published"] = student(loss="kl", states="offline_tanh")
     teachers = {"teacher of mse and q": "teacher", "Gaussian teacher, of kl": "gaussian"}
-    return by_task(data, lines, teachers=teachers | {"Gaussian teacher, std bounded": "gaussian-tanh"})
+    return by_task(
+        data, lines, teachers=teachers | {"Gaussian teacher, std bounded": "gaussian-tanh"}
+    )
 
 
 def fig55(data):
@@ -267,14 +338,21 @@ def fig55(data):
 
 
 def fig57(data):
-    return by_task(data, {f"{s} states": student(states=s, levels=REPLAY) for s in ("offline", "online")}, REPLAY[0])
+    return by_task(
+        data,
+        {f"{s} states": student(states=s, levels=REPLAY) for s in ("offline", "online")},
+        REPLAY[0],
+    )
 
 
 def fig58(data):
     figure, axes = grid(2, TASKS, "neurons per hidden layer of the student", [RETURN])
     for ax, task in zip(axes, TASKS, strict=True):
         for i, states in enumerate(STATES):
-            points = {width: final(data, f"{student(width, states)}?task={task}").values() for width in WIDTHS}
+            points = {
+                width: final(data, f"{student(width, states)}?task={task}").values()
+                for width in WIDTHS
+            }
             draw(ax, points, states, i)
         horizontal(ax, final(data, f"teacher/{task}-medium#1"), "teacher")
         ax.set_xscale("log")
@@ -285,18 +363,33 @@ def fig58(data):
 
 def fig63(data):
     """And Appendix F: the levels that were measured."""
-    found = {level: data.get(f"measure/{student(levels=(level, level))}/activations") for level in LEVELS}
-    panels = [*itertools.product(filter(found.get, LEVELS), "12", ("as they are", "sorted by stand"))]
+    found = {
+        level: data.get(f"measure/{student(levels=(level, level))}/activations") for level in LEVELS
+    }
+    panels = [
+        *itertools.product(filter(found.get, LEVELS), "12", ("as they are", "sorted by stand"))
+    ]
     if not panels:
         return None
-    titles, ylabels = [f"{level}, layer {layer}, {order}" for level, layer, order in panels], ["mean activation"]
+    titles, ylabels = (
+        [f"{level}, layer {layer}, {order}" for level, layer, order in panels],
+        ["mean activation"],
+    )
     figure, axes = grid(2, titles, "neuron", ylabels * (len(panels) // 2))
     for ax, (level, layer, order) in zip(axes, panels, strict=True):
         rows = found[level][min(found[level])]
-        means = [np.array([r["y"] for r in rows if (r["task"], r["layer"]) == (t, layer)]) for t in TASKS]
-        neurons = np.argsort(means[0], kind="stable") if order == "sorted by stand" else np.arange(len(means[0]))
+        means = [
+            np.array([r["y"] for r in rows if (r["task"], r["layer"]) == (t, layer)]) for t in TASKS
+        ]
+        neurons = (
+            np.argsort(means[0], kind="stable")
+            if order == "sorted by stand"
+            else np.arange(len(means[0]))
+        )
         for i, mean in enumerate(means):
-            (line,) = ax.plot(mean[neurons], "+."[i], color=COLOURS[i], markersize=(5, 3)[i], label=TASKS[i])
+            (line,) = ax.plot(
+                mean[neurons], "+."[i], color=COLOURS[i], markersize=(5, 3)[i], label=TASKS[i]
+            )
             line.seeds = {1}
     return finish(figure, "means over the states that the student visits in the task")
 
@@ -314,16 +407,28 @@ def fig69(data):
     figure, axes = grid(2, [f"{task}, {level}" for level, task in panels], "", [RETURN] * 2)
     labels = "teacher", "teacher from the other task's data", "student"
     for ax, (level, task) in zip(axes, panels, strict=True):
-        teacher, ds, oqs = f"teacher/{task}-{level}", f"ds/{level}?task={task}", f"oqs/{level}?task={task}"
+        teacher, ds, oqs = (
+            f"teacher/{task}-{level}",
+            f"ds/{level}?task={task}",
+            f"oqs/{level}?task={task}",
+        )
         for x, i, quantity in (
             (0, 0, teacher), (1, 2, f"{student(levels=(level, level))}?task={task}"),
             (3, 0, f"{ds}&policy=teacher"), (4, 2, f"{ds}&policy=student"),
-            (6, 0, teacher), (7, 1, f"{oqs}&policy=from {TASKS[task == TASKS[0]]}"), (8, 2, f"{oqs}&policy=student"),
+            (6, 0, teacher), (7, 1, f"{oqs}&policy=from {TASKS[task == TASKS[0]]}"),
+            (8, 2, f"{oqs}&policy=student"),
         ):  # fmt: skip
             values = [*final(data, quantity).values()]
             mean, half = interval(values) if values else (np.nan, np.nan)
-            style = {"color": COLOURS[i], "hatch": ("//", "..", "")[i], "edgecolor": "white", "capsize": 4}
-            bar = ax.bar(x, mean, 0.9, yerr=None if np.isnan(half) else half, label=labels[i], **style)
+            style = {
+                "color": COLOURS[i],
+                "hatch": ("//", "..", "")[i],
+                "edgecolor": "white",
+                "capsize": 4,
+            }
+            bar = ax.bar(
+                x, mean, 0.9, yerr=None if np.isnan(half) else half, label=labels[i], **style
+            )
             bar.seeds = {len(values)}
             ax.plot([x + 0.2] * len(values), values, "ko", markersize=3, markerfacecolor="w")
         ax.set_xlim(-0.7, 8.7)
@@ -332,15 +437,22 @@ def fig69(data):
 
 
 def appendixE(data):
-    panels = [
-        (f"stand {pair[0]}, walk {pair[1]}", {f"student at {t[7:]}": f"{student(levels=pair)}?task={t}" for t in TASKS},
-         {f"teacher of {t[7:]}": f"teacher/{t}-{level}#1" for t, level in zip(TASKS, pair, strict=True)})
-        for pair in itertools.product(LEVELS, LEVELS)
-    ]  # fmt: skip
+    panels = []
+    for stand, walk in itertools.product(LEVELS, LEVELS):
+        name = student(levels=(stand, walk))
+        lines = {f"student at {t.removeprefix('walker-')}": f"{name}?task={t}" for t in TASKS}
+        teachers = {
+            "teacher of stand": f"teacher/walker-stand-{stand}#1",
+            "teacher of walk": f"teacher/walker-walk-{walk}#1",
+        }
+        panels.append((f"stand {stand}, walk {walk}", lines, teachers))
     return learning_curves(data, 3, panels)
 
 
-FIGURES = {f.__name__: f for f in (fig51, fig53, fig54, fig55, fig57, fig58, fig63, fig64, fig65, fig69, appendixE)}
+FIGURES = {
+    f.__name__: f
+    for f in (fig51, fig53, fig54, fig55, fig57, fig58, fig63, fig64, fig65, fig69, appendixE)
+}
 TABLES = "section52", "table61", "table62", "table63"
 
 
@@ -348,31 +460,51 @@ def by_width(data) -> list[str]:
     """A table of Fig. 5.8's returns, and of each seed's mean over all widths."""
     cells = [["task", "width", *STATES], ["---"] * (2 + len(STATES))]
     for task in TASKS:
-        columns = [[final(data, f"{student(width, s)}?task={task}") for width in WIDTHS] for s in STATES]
+        columns = [
+            [final(data, f"{student(width, s)}?task={task}") for width in WIDTHS] for s in STATES
+        ]
         for column in columns:
             seeds = set.intersection(*map(set, column))
-            column.append({seed: float(np.mean([returns[seed] for returns in column])) for seed in sorted(seeds)})
+            column.append(
+                {
+                    seed: float(np.mean([returns[seed] for returns in column]))
+                    for seed in sorted(seeds)
+                }
+            )
         for width, *row in zip((*WIDTHS, "mean"), *columns, strict=True):
             cells.append([task, str(width), *map(describe, row)])
     return [f"| {' | '.join(row)} |" for row in cells]
 
 
 def tables(scale, data, rows: dict, docs: Path) -> dict[str, str]:
-    """name -> Markdown of every figure (if it is there) and table, and of the summary; rows: name -> findings."""
+    """name -> Markdown of every figure (if it is there) and table, and of the summary.
+
+    rows: name -> findings.
+    """
     made, summary = {}, [f"| {scale} scale | {' | '.join(VERDICTS)} |", "|---" * 6 + "|"]
     for name in rows:
-        counts, image = Counter(row[-1].split(",")[0] for row in rows[name]), f"results/{scale}/{name}.png"
+        counts, image = (
+            Counter(row[-1].split(",")[0] for row in rows[name]),
+            f"results/{scale}/{name}.png",
+        )
         summary.append(f"| {name} | {' | '.join(str(counts[verdict]) for verdict in VERDICTS)} |")
         lines = [f"{scale.capitalize()} scale: not run yet."]
         if was_run(rows[name]):
             lines = [f"{scale.capitalize()} scale:", ""]
-            lines += [f"![{name} at {scale} scale]({image})", ""] if (docs / image).is_file() else []
-            lines += ["| a against b | thesis: a .. b | ours: a | ours: b | a - b | verdict |", "|---" * 6 + "|"]
+            lines += (
+                [f"![{name} at {scale} scale]({image})", ""] if (docs / image).is_file() else []
+            )
+            lines += [
+                "| a against b | thesis: a .. b | ours: a | ours: b | a - b | verdict |",
+                "|---" * 6 + "|",
+            ]
             lines += [f"| {' | '.join(row)} |" for row in rows[name]]
             lines += ["", *by_width(data)] if name == "fig58" else []
         made[name] = "\n".join(lines)
     ran = any(map(was_run, rows.values()))
-    return made | {"summary": "\n".join(summary) if ran else f"{scale.capitalize()} scale: not run yet."}
+    return made | {
+        "summary": "\n".join(summary) if ran else f"{scale.capitalize()} scale: not run yet."
+    }
 
 
 def fill(page: str, scale, made: dict[str, str]) -> str:

@@ -1,18 +1,23 @@
 """The small CSV of a run, from its run folder and checkpoints.
 
-    python reproduce/record.py OUT.csv RUN/returns.csv FILE.pt ..    policy,task,evaluation,step,episode,return
-    python reproduce/record.py OUT.csv RUN/measure.json              measure,layer,value,std
-    python reproduce/record.py OUT-activations.csv RUN/measure.json  task,layer,neuron,mean
-    python reproduce/record.py OUT.csv RUN/measure.json              teacher,task,episode,return (if of --teachers)
-    python reproduce/record.py OUT.csv RUN/measure.json              measure,value,error (if of --shift)
+  python reproduce/record.py OUT.csv RUN/returns.csv FILE.pt ..
+  python reproduce/record.py OUT.csv RUN/measure.json
+  python reproduce/record.py OUT-activations.csv RUN/measure.json
 
-Of an evaluation during training the mean over its episodes; of the final one, in the checkpoint, every episode.
+The columns are policy,task,evaluation,step,episode,return; of a measure.json
+measure,layer,value,std or, if it is of --teachers, teacher,task,episode,return or, of --shift,
+measure,value,error; of activations task,layer,neuron,mean.
+
+Of an evaluation during training the mean over its episodes; of the final one, which the checkpoint
+holds, every episode. The last step's rows of returns.csv are the final evaluation, but not of a
+behaviour: its checkpoints are evaluated after training.
 """
 
 import csv
 import json
 import os
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -20,75 +25,103 @@ import torch
 
 
 def returns(curves: list[str], checkpoints: list[str]) -> list[tuple]:
-    found, final = {}, []
+    final = []
+    behavior = False
     for path in checkpoints:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        sources = checkpoint.get("data_tasks", ())
-        policy = f"from {sources[0]}" if len(sources) == 1 else checkpoint["kind"]
+        behavior = behavior or checkpoint["kind"] == "behavior"
+        policy = checkpoint["kind"]
+        if len(checkpoint.get("data_tasks", ())) == 1:
+            policy = f"from {checkpoint['data_tasks'][0]}"
         for task, values in checkpoint["returns"].items():
-            final += [(policy, task, "final", checkpoint["step"], e, f"{value:.2f}") for e, value in enumerate(values)]
+            for e, value in enumerate(values):
+                final.append((policy, task, "final", checkpoint["step"], e, f"{value:.2f}"))
+    episodes = defaultdict(list)  # policy, task, step -> returns
+    last_step = defaultdict(int)  # policy, task -> step
     for path in curves:
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
-                task, _, label = row["task"].partition(" ")  # label: of a teacher trained beside a student
-                key = label or policy, task, "training", row["step"]
-                found.setdefault(key, []).append(float(row["return"]))
-    training = [(*key, "mean", f"{np.mean(values):.2f}") for key, values in found.items()]
-    return [("policy", "task", "evaluation", "step", "episode", "return"), *training, *final]
+                task, _, label = row["task"].partition(" ")  # label: of a student's own teacher
+                step = int(row["step"])
+                episodes[label or policy, task, step].append(float(row["return"]))
+                last_step[label or policy, task] = step
+    training = []
+    for (policy, task, step), values in episodes.items():
+        is_final = step == last_step[policy, task] and not behavior
+        if not is_final:
+            training.append((policy, task, "training", step, "mean", f"{np.mean(values):.2f}"))
+    header = ("policy", "task", "evaluation", "step", "episode", "return")
+    return [header, *training, *final]
 
 
 def measures(report: dict) -> list[tuple]:
     rows = [("measure", "layer", "value", "std")]
     for row in report["shared_computation"]:
+        layer = row["layer"]
         for tau in ("tau_a", "tau_b"):
-            name, found = tau.replace("_", "-"), row["per_state"][tau]
-            rows.append((f"per-state {name}", row["layer"], found["mean"], found["std"]))
-            rows.append((f"average {name}", row["layer"], row["average"][tau], ""))
-        rows.append(("cka", row["layer"], row["cka"], ""))
+            name = tau.replace("_", "-")
+            per_state = row["per_state"][tau]
+            rows.append((f"per-state {name}", layer, per_state["mean"], per_state["std"]))
+            rows.append((f"average {name}", layer, row["average"][tau], ""))
+        rows.append(("cka", layer, row["cka"], ""))
     return [row for row in rows if row[2] is not None]
 
 
 def activations(report: dict) -> list[tuple]:
-    return [("task", "layer", "neuron", "mean")] + [
-        (task, layer, neuron, mean)
-        for task, layers in report["mean_activations"].items()
-        for layer, means in enumerate(layers, start=1)
-        for neuron, mean in enumerate(means)
-    ]
+    rows = [("task", "layer", "neuron", "mean")]
+    for task, layers in report["mean_activations"].items():
+        for layer, means in enumerate(layers, start=1):
+            for neuron, mean in enumerate(means):
+                rows.append((task, layer, neuron, mean))
+    return rows
 
 
 def cross(report: dict) -> list[tuple]:
-    return [("teacher", "task", "episode", "return")] + [
-        (row["task"], task, e, f"{value:.2f}")
-        for row in report["cross_task"]
-        for task, found in row["returns"].items()
-        for e, value in enumerate(found["values"])
-    ]
+    rows = [("teacher", "task", "episode", "return")]
+    for row in report["cross_task"]:
+        for task, statistics in row["returns"].items():
+            for e, value in enumerate(statistics["values"]):
+                rows.append((row["task"], task, e, f"{value:.2f}"))
+    return rows
 
 
 def shift(report: dict) -> list[tuple]:
-    found = report["shift"]
-    divergences = [(name, found[name]["value"], found[name]["error"]) for name in ("js_bits", "kl_ab", "kl_ba")]
-    return [("measure", "value", "error"), *divergences, *((name, found[name], "") for name in ("auc", "accuracy"))]
+    rows = [("measure", "value", "error")]
+    for name in ("js_bits", "kl_ab", "kl_ba"):
+        divergence = report["shift"][name]
+        rows.append((name, divergence["value"], divergence["error"]))
+    for name in ("auc", "accuracy"):
+        rows.append((name, report["shift"][name], ""))
+    return rows
 
 
 def main():
-    out, *paths = sys.argv[1:] or [""]
-    of = {suffix: [path for path in paths if path.endswith(suffix)] for suffix in (".csv", ".pt", ".json")}
-    missing = [path for path in paths if not Path(path).is_file()]
-    if missing or not out.endswith(".csv") or not (of[".pt"] or len(of[".json"]) == 1):
-        raise SystemExit(f"record.py: expected OUT.csv, then checkpoints or a measure.json; not found: {missing}")
-    if of[".pt"]:
-        rows = returns(of[".csv"], of[".pt"])
+    out = Path(sys.argv[1] if len(sys.argv) > 1 else "")
+    inputs = sys.argv[2:]
+    curves = [path for path in inputs if path.endswith(".csv")]
+    checkpoints = [path for path in inputs if path.endswith(".pt")]
+    reports = [path for path in inputs if path.endswith(".json")]
+    missing = [path for path in inputs if not Path(path).is_file()]
+    if missing or out.suffix != ".csv" or not (checkpoints or len(reports) == 1):
+        expected = "expected OUT.csv, then checkpoints or a measure.json"
+        raise SystemExit(f"record.py: {expected}; not found: {missing}")
+    if checkpoints:
+        rows = returns(curves, checkpoints)
     else:
-        report = json.loads(Path(of[".json"][0]).read_text())
-        made = {"cross_task": cross, "shift": shift, "shared_computation": measures}
-        kind = next(kind for part, kind in made.items() if part in report)
-        rows = (activations if out.endswith("-activations.csv") else kind)(report)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{out}.tmp", "w", newline="") as file:
+        report = json.loads(Path(reports[0]).read_text())
+        if out.stem.endswith("-activations"):
+            rows = activations(report)
+        elif "cross_task" in report:
+            rows = cross(report)
+        elif "shift" in report:
+            rows = shift(report)
+        else:
+            rows = measures(report)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}")
+    with temporary.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
-    os.replace(f"{out}.tmp", out)  # the CSV says that all is done
+    os.replace(temporary, out)  # the CSV says that all is done
 
 
 if __name__ == "__main__":

@@ -2,43 +2,53 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("MUJOCO_GL", "disable")
+os.environ["MUJOCO_GL"] = "disable"  # nothing is rendered here, whatever the shell asks for
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import pytest
 import torch
+from dm_control import suite
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("mop_*.py"))
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Small tensors: more threads only add waiting."""
+    """Small tensors: more threads only add waiting. A script may have set other things."""
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture
 def run_main(monkeypatch, capsys, tmp_path):
-    """Run a script's main() in tmp_path with the given command line; returns its RESULT, or (exit code, error text)."""
+    """Run a script's main() in tmp_path with the given command line.
+
+    Returns what it printed to standard output or, where it stopped, (exit code, error text). Unless
+    --threads is given it is 1: episodes then run in this process, where a test can replace things.
+    """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # Ctrl-C is for pytest
 
     def run(module, *args):
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
+        argv = [f"{module.__name__}.py", *map(str, args)]
+        if hasattr(module.Args, "threads") and "--threads" not in argv:
+            argv += ["--threads", "1"]
+        monkeypatch.setattr(sys, "argv", argv)
+        capsys.readouterr()
         try:
             module.main()
         except SystemExit as end:
-            return end.code, str(end.code) + capsys.readouterr().err
-        last = capsys.readouterr().out.strip().splitlines()[-1]
-        assert last.startswith("RESULT "), last
-        return json.loads(last.removeprefix("RESULT "), parse_constant=pytest.fail)
+            text = capsys.readouterr().err
+            if isinstance(end.code, str):  # Python prints such a code and exits with 1
+                return 1, end.code + text
+            return end.code, text
+        return capsys.readouterr().out
 
     return run
 
@@ -46,7 +56,9 @@ def run_main(monkeypatch, capsys, tmp_path):
 def script(name: str, *args, cwd, **kwargs) -> subprocess.CompletedProcess:
     """Run a script as a user does, in a process of its own."""
     command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, **kwargs)
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, **kwargs
+    )
 
 
 def make_arrays(n=200, obs_dim=24, action_dim=6, state_dim=18, seed=0) -> dict:
@@ -65,32 +77,69 @@ def make_arrays(n=200, obs_dim=24, action_dim=6, state_dim=18, seed=0) -> dict:
 
 def own_rewards(arrays: dict, task: str) -> dict:
     """The arrays with the rewards that dm_control gives for their physics states."""
-    import mop_ds as ds
-
-    return arrays | {"rewards": ds.compute_rewards(task, arrays["physics"], arrays["actions"])}
+    domain, name = task.split("-")
+    env = suite.load(domain, name)
+    rewards = []
+    for state, action in zip(arrays["physics"], arrays["actions"], strict=True):
+        with env.physics.reset_context():
+            env.physics.set_state(state)
+            env.physics.set_control(action)
+        rewards.append(env.task.get_reward(env.physics))
+    return arrays | {"rewards": np.array(rewards, np.float32)}
 
 
 def write_dataset(path, task="walker-stand", arrays=None, **metadata):
-    """Write a dataset file, by default one that relabelling accepts; metadata overrides the plain one."""
-    arrays = own_rewards(make_arrays(), task) if arrays is None else arrays
-    metadata = {"schema_version": 1, "task": task, "level": "medium", "episode_returns": [10.0], **metadata}
+    """Write a dataset, by default one that relabelling accepts; metadata replaces the plain one."""
+    if arrays is None:
+        arrays = own_rewards(make_arrays(), task)
+    plain = {
+        "schema_version": 1,
+        "task": task,
+        "level": "medium",
+        "episode_returns": [10.0],
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **arrays, metadata=np.array(json.dumps(metadata)))
+    np.savez(path, **arrays, metadata=np.array(json.dumps(plain | metadata)))
     return path
 
 
 def write_teacher(
-    path, task="walker-stand", kind="teacher", obs_dim=24, action_dim=6, hidden=8, seed=0, log_std=None, **changes
+    path,
+    task="walker-stand",
+    kind="teacher",
+    obs_dim=24,
+    action_dim=6,
+    hidden=8,
+    seed=0,
+    log_std=None,
+    **changes,
 ):
-    """Write a checkpoint of an untrained policy with critics; changes override the plain fields."""
+    """Write a checkpoint of an untrained policy with critics; changes replace the plain fields."""
     import mop_pbrl_teacher as pbrl
 
     torch.manual_seed(seed)
-    sizes = {"in_dim": obs_dim, "obs_dim": obs_dim, "action_dim": action_dim, "hidden": hidden, "layer_norm": False}
-    checkpoint = {"schema_version": 1, "kind": kind, "tasks": [task], "level": "medium", "args": {}, "step": 1}
-    checkpoint |= {"sizes": {**sizes, "num_critics": 2, "log_std": log_std}, "returns": {task: [100.0]}, "versions": {}}
-    checkpoint["actor"] = pbrl.Actor(obs_dim, action_dim * (2 if log_std else 1), hidden).state_dict()
-    checkpoint["critics"] = pbrl.Critics(2, obs_dim, action_dim, hidden).state_dict()
+    out_dim = 2 * action_dim if log_std else action_dim
+    checkpoint = {
+        "schema_version": 1,
+        "kind": kind,
+        "tasks": [task],
+        "level": "medium",
+        "args": {},
+        "step": 1,
+        "sizes": {
+            "in_dim": obs_dim,
+            "obs_dim": obs_dim,
+            "action_dim": action_dim,
+            "hidden": hidden,
+            "num_critics": 2,
+            "log_std": log_std,
+            "layer_norm": False,
+        },
+        "returns": {task: [100.0]},
+        "actor": pbrl.Actor(obs_dim, out_dim, hidden).state_dict(),
+        "critics": pbrl.Critics(2, obs_dim, action_dim, hidden).state_dict(),
+        "versions": {},
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({**checkpoint, **changes}, path)
+    torch.save(checkpoint | changes, path)
     return path

@@ -1,11 +1,14 @@
-"""The path of --cuda-graph. On a GPU against the eager loop; on a CPU with a recorder in place of torch.cuda.CUDAGraph.
+"""--cuda-graph: against the eager loop on a GPU; on a CPU with a recorder for torch.cuda.CUDAGraph.
 
-The recorder keeps every operation that an update makes, with the tensors it read and wrote, refuses those that a CUDA
-graph cannot hold (values read back to Python, tensors made from its numbers), and a replay repeats them on the same
-tensors. So what a graph would freeze by mistake (a step's number, a batch, a coefficient) shows as other weights.
+The recorder keeps every operation of an update with the tensors it read and wrote, refuses those
+that a CUDA graph cannot hold (values read back to Python, tensors made from its numbers), and a
+replay repeats them on the same tensors. So what a graph would freeze by mistake (a step's number,
+a batch, a coefficient) shows as other weights.
 """
 
 import contextlib
+import importlib
+import sys
 
 import pytest
 import torch
@@ -17,39 +20,62 @@ import mop_ds as ds
 import mop_oqs as oqs
 import mop_pbrl_teacher as pbrl
 import mop_td3_collect as td3
-from conftest import make_arrays, own_rewards, write_dataset, write_teacher
+from conftest import ROOT, make_arrays, own_rewards, write_dataset, write_teacher
 
-FORBIDDEN = {"aten::_local_scalar_dense", "aten::lift_fresh", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
+sys.path.append(str(ROOT / "examples"))
+naive = importlib.import_module("naive_multitask_pbrl")
+
+FORBIDDEN = ["_local_scalar_dense", "lift_fresh", "nonzero", "is_nonzero", "equal"]
+TASKS = ("walker-stand", "walker-walk")
+TINY = ["--eval-episodes", 1, "--final-eval-episodes", 1, "--hidden", 8, "--batch-size", 16]
+STEPS = ["--gradient-steps", 20, "--eval-every", 10]
+TEACHER = ["--task", TASKS[0], "--data", "walker-stand.npz", "--output", "out.pt", *STEPS]
+BOTH = ["--data", "walker-stand.npz", "walker-walk.npz", *STEPS]
+STUDENT = [*BOTH, "--teachers", "walker-stand.pt", "walker-walk.pt"]
+TEACHERS = ["--teacher-steps", 10, "--teacher-hidden", 8, "--teacher-batch-size", 16]
+TD3 = ["--task", TASKS[1], "--total-timesteps", 1000, "--eval-every", 1000]
+TD3 += ["--medium-step", 1000, "--learning-starts", 980, "--datasets", "medium-replay"]
+CASES = {
+    "teacher": (pbrl, TEACHER),
+    "Gaussian teacher": (pbrl, [*TEACHER, "--actor", "gaussian"]),
+    "student": (distill, STUDENT),
+    "onehot ndcg": (distill, [*STUDENT, "--task-encoding", "onehot", "--regularizer", "ndcg"]),
+    "q pairwise": (distill, [*STUDENT, "--loss", "q", "--regularizer", "pairwise"]),
+    "ds": (ds, [*BOTH, *TEACHERS]),
+    "oqs": (oqs, [*STUDENT, *TEACHERS]),
+    "naive": (naive, [*BOTH, "--output", "out.pt"]),
+    "td3": (td3, TD3),
+}
+GRAPHS = {distill: 1, pbrl: 3, ds: 3 + 3 + 1, oqs: 3 + 3 + 1, naive: 2 + 2 + 1, td3: 2}
 
 
-def tensors(values):
+def tensors(values) -> list:
     return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 
 class Recorder(TorchDispatchMode):
-    """Stands in for a CUDAGraph: recording changes nothing, replay() repeats the operations on the same tensors."""
+    """A CUDAGraph: recording changes no tensor, replay() repeats the operations on them."""
 
-    recorded = 0
+    recorded = 0  # graphs
 
     def __init__(self):
         super().__init__()
-        self.operations, self.before = [], {}
-
-    def register_generator_state(self, generator):
-        self.generator = generator
+        self.operations = []
+        self.before = {}  # address -> tensor that was written, and its values before
 
     def __enter__(self):
-        self.state = self.generator.get_state()
+        self.random_state = torch.get_rng_state()
         return super().__enter__()
 
     def __torch_dispatch__(self, function, types_, args=(), kwargs=None):
-        name = function._schema.name
+        name = function._schema.name.removeprefix("aten::")
         assert name not in FORBIDDEN, f"{name}: a CUDA graph cannot hold it"
         kwargs = kwargs or {}
         for argument, value in zip(function._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for tensor in tensors(value):
-                    self.before.setdefault(tensor.untyped_storage().data_ptr(), (tensor, tensor.clone()))
+                    address = tensor.untyped_storage().data_ptr()
+                    self.before.setdefault(address, (tensor, tensor.clone()))
         result = function(*args, **kwargs)
         self.operations.append((function, args, kwargs, result))
         return result
@@ -57,7 +83,7 @@ class Recorder(TorchDispatchMode):
     def __exit__(self, *error):
         super().__exit__(*error)
         Recorder.recorded += 1
-        self.generator.set_state(self.state)
+        torch.set_rng_state(self.random_state)
         with torch.no_grad():
             for tensor, value in self.before.values():
                 tensor.copy_(value)
@@ -71,145 +97,122 @@ class Recorder(TorchDispatchMode):
                     old.copy_(new)
 
 
-def recorded_instead(monkeypatch, module):
-    """in_cuda_graph as on CUDA, with a Recorder for a graph and nothing for the streams."""
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
-
-    class CudaGenerator:  # the CPU's, which says that it is CUDA's
-        def __init__(self, generator):
-            self.device, self.get_state = torch.device("cuda"), generator.get_state
-            self.set_state = generator.set_state
-
-    original = module.in_cuda_graph
-    monkeypatch.setattr(module, "in_cuda_graph", lambda update, on, g: original(update, on, CudaGenerator(g)))
-
-
-COMMON = ["--eval-episodes", 1, "--final-eval-episodes", 1, "--hidden", 8, "--batch-size", 16, "--overwrite"]
-TASKS = "walker-stand", "walker-walk"
-LONG = ["--gradient-steps", 20, "--eval-every", 10]
-CASES = {
-    "pbrl": (pbrl, ["--task", TASKS[0], "--data", "stand.npz", *LONG]),
-    "pbrl gaussian": (pbrl, ["--task", TASKS[0], "--data", "stand.npz", "--actor", "gaussian", *LONG]),
-    "pbrl naive": (pbrl, ["--tasks", *TASKS, "--data", "stand.npz", "walk.npz", *LONG]),
-    "distill": (distill, ["--data", "stand.npz", "walk.npz", "--teachers", "stand.pt", "walk.pt", *LONG]),
-    "distill onehot ndcg": (
-        distill,
-        ["--data", "stand.npz", "walk.npz", "--teachers", "stand.pt", "walk.pt", *LONG]
-        + ["--task-encoding", "onehot", "--regularizer", "ndcg"],
-    ),
-    "distill q pairwise": (
-        distill,
-        ["--data", "stand.npz", "walk.npz", "--teachers", "stand.pt", "walk.pt", *LONG]
-        + ["--loss", "q", "--regularizer", "pairwise"],
-    ),
-    "ds": (ds, ["--data", "stand.npz", "walk.npz", "--teacher-steps", 10, "--teacher-hidden", 8, *LONG]),
-    "oqs": (
-        oqs,
-        ["--data", "stand.npz", "walk.npz", "--teachers", "stand.pt", "walk.pt", "--teacher-steps", 10]
-        + ["--teacher-hidden", 8, *LONG],
-    ),
-    "td3": (
-        td3,
-        ["--task", TASKS[1], "--total-timesteps", 1000, "--eval-every", 1000, "--learning-starts", 980]
-        + ["--datasets", "expert", "--num-transitions", 1000, "--num-envs", 1],
-    ),
-}
-
-
-def weights(path) -> list:
-    checkpoint = torch.load(path, weights_only=True)
-    return [checkpoint[name] for name in ("actor", "critics") if name in checkpoint]
-
-
-def run_case(run_main, name, *more, device="cpu"):
-    module, argv = CASES[name]
-    result = run_main(module, *argv, *COMMON, "--device", device, *more)
-    assert isinstance(result, dict), result
-    return [weights(path) for path in result["files"] if path.endswith(".pt")]
+class Stream:
+    def wait_stream(self, other):
+        pass
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch):
+def recorder(monkeypatch):
+    """capture() as on CUDA, with a Recorder for a graph and streams that do nothing."""
+    monkeypatch.setattr(Recorder, "recorded", 0)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
+
+
+@pytest.fixture
+def inputs(tmp_path, monkeypatch):
     """Datasets and teachers, and no episodes: they take most of the time and change no weight."""
 
-    def evaluate(policy, envs, device):
-        policy(torch.zeros(2, 24, device=device))
-        return [0.0]
+    def run_episodes(policy, task, seeds, workers, **options):
+        arrays = make_arrays(1001)
+        return [arrays for _ in seeds]
 
-    for module in (pbrl, distill, ds, oqs, td3):
-        monkeypatch.setattr(module, "evaluate", evaluate)
+    for module in GRAPHS:
+        monkeypatch.setattr(module, "run_episodes", run_episodes)
     for seed, task in enumerate(TASKS):
-        name = task.partition("-")[2]
-        write_dataset(tmp_path / f"{name}.npz", task, own_rewards(make_arrays(n=60, seed=seed), task))
-        write_teacher(tmp_path / f"{name}.pt", task, seed=seed)
+        arrays = own_rewards(make_arrays(n=60, seed=seed), task)
+        write_dataset(tmp_path / f"{task}.npz", task, arrays)
+        write_teacher(tmp_path / f"{task}.pt", task, seed=seed)
+
+
+def end_of_run(run_main, run_dir, module, *flags) -> list:
+    """The weights and Adam's moments at the end of a run, all tensors of its resume point."""
+    outcome = run_main(module, *flags, "--run-dir", run_dir, "--overwrite")
+    assert isinstance(outcome, str), outcome
+    resume_point = torch.load(f"{run_dir}/resume.pt", weights_only=True)
+    del resume_point["args"]
+    return tensors(resume_point)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_replayed_updates_give_the_weights_of_the_eager_loop(name, run_main, files, monkeypatch):
-    module = CASES[name][0]
-    expected = run_case(run_main, name, "--run-dir", "eager")
-    recorded_instead(monkeypatch, module)
-    before = Recorder.recorded
-    found = run_case(run_main, name, "--run-dir", "recorded", "--cuda-graph")
-    assert Recorder.recorded > before
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+def test_replayed_updates_give_the_weights_of_the_eager_loop(name, run_main, inputs, request):
+    module, flags = CASES[name]
+    flags = [*flags, *TINY, "--device", "cpu"]
+    expected = end_of_run(run_main, "eager", module, *flags)
+    request.getfixturevalue("recorder")
+    found = end_of_run(run_main, "recorded", module, *flags, "--cuda-graph")
+    assert Recorder.recorded == GRAPHS[module]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["pbrl", "distill"])
-def test_a_resumed_run_replays_on(name, run_main, files, monkeypatch):
-    """beta_ood's step and the generator go on where the resume point left them."""
-    module = CASES[name][0]
-    expected = run_case(run_main, name, "--run-dir", "whole")
-    recorded_instead(monkeypatch, module)
-    before = Recorder.recorded
-    run_case(run_main, name, "--run-dir", "half", "--cuda-graph", "--gradient-steps", 10)
-    result = run_main(module, "--resume", "half", "--gradient-steps", 20)
-    assert Recorder.recorded == before + (4 if module is pbrl else 2)  # PBRL: with the actor and without
-    torch.testing.assert_close([weights(result["files"][0])], expected, rtol=0, atol=0)
+@pytest.mark.parametrize("name", ["teacher", "student"])
+def test_a_resumed_run_replays_on(name, run_main, inputs, request):
+    """beta_ood's step and the random numbers go on where the resume point left them."""
+    module, flags = CASES[name]
+    flags = [*flags, *TINY, "--device", "cpu"]
+    expected = end_of_run(run_main, "whole", module, *flags)
+    request.getfixturevalue("recorder")
+    end_of_run(run_main, "half", module, *flags, "--cuda-graph", "--gradient-steps", 10)
+    found = end_of_run(run_main, "half", module, "--resume", "half", "--gradient-steps", 20)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_the_recorder_finds_a_frozen_number(monkeypatch):
-    """A number from Python stays what it was while recording: the check above would see it."""
-    recorded_instead(monkeypatch, pbrl)
-    for frozen in (False, True):
-        number, count, total = -1, torch.zeros(()), torch.zeros(())
+def test_three_eager_calls_then_copies_of_the_arguments(recorder):
+    """The caller's tensors may change or go: the graph reads its own, and leaves theirs alone."""
+    calls = []
 
-        def update(frozen=frozen, count=count, total=total):
-            nonlocal number
-            number += 1
-            total.add_(float(number) if frozen else count)
-            count.add_(1)
-            return total
+    def update(x, y):
+        calls.append(len(calls))
+        x.mul_(2)
+        return x + y, {"difference": x - y}
 
-        updates = pbrl.in_cuda_graph(update, True, torch.Generator())
-        values = [updates().item() for _ in range(6)]
-        assert (values == [0, 1, 3, 6, 10, 15]) is not frozen, values
-
-
-def test_the_recorder_refuses_what_a_graph_cannot_hold(monkeypatch):
-    recorded_instead(monkeypatch, pbrl)
-    for wrong in (lambda: torch.ones(()).item(), lambda: torch.tensor(3.0)):
-        updates = pbrl.in_cuda_graph(wrong, True, torch.Generator())
-        for _ in range(3):
-            updates()
-        with pytest.raises(AssertionError, match="cannot hold"):
-            updates()
+    updates = pbrl.capture(update)
+    for call in range(1, 8):
+        x = torch.full((3,), float(call))
+        y = torch.arange(3.0)
+        total, metrics = updates(x, y)
+        assert total.tolist() == [2 * call, 2 * call + 1, 2 * call + 2]
+        assert metrics["difference"].tolist() == [2 * call, 2 * call - 1, 2 * call - 2]
+        assert x.tolist() == ([2 * call] * 3 if call <= 3 else [call] * 3)
+    assert len(calls) == 4  # three, and the recording
+    assert Recorder.recorded == 1
+    with pytest.raises(ValueError, match="zip"):
+        updates(x)
 
 
-def test_without_the_flag_or_without_cuda_the_update_itself_is_called():
+def test_the_recorder_finds_a_frozen_number(recorder):
+    """A number from Python stays what it was while recording: the tests above would see it."""
+    number = 0.0
+    total = torch.zeros(())
+
     def update():
-        return {}
+        nonlocal number
+        number += 1
+        return total.add_(number)
 
-    assert all(pbrl.in_cuda_graph(update, on, torch.Generator()) is update for on in (False, True))
+    updates = pbrl.capture(update)
+    values = [updates().item() for _ in range(6)]
+    assert values == [1, 3, 6, 10, 14, 18]  # and not 15, 21
+
+
+@pytest.mark.parametrize("wrong", [lambda: torch.ones(()).item(), lambda: torch.tensor(3.0)])
+def test_the_recorder_refuses_what_a_graph_cannot_hold(recorder, wrong):
+    updates = pbrl.capture(wrong)
+    for _ in range(3):
+        updates()
+    with pytest.raises(AssertionError, match="cannot hold"):
+        updates()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", CASES)
-def test_cuda_graph_equals_eager_on_a_gpu(name, run_main, files):
-    expected = run_case(run_main, name, "--run-dir", "eager", device="cuda")
-    found = run_case(run_main, name, "--run-dir", "graph", "--cuda-graph", device="cuda")
+def test_cuda_graph_equals_eager_on_a_gpu(name, run_main, inputs):
+    module, flags = CASES[name]
+    flags = [*flags, *TINY, "--device", "cuda"]
+    expected = end_of_run(run_main, "eager", module, *flags)
+    found = end_of_run(run_main, "graph", module, *flags, "--cuda-graph")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

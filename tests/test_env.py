@@ -1,66 +1,120 @@
-"""LockstepEnv against dm_control itself."""
+"""run_episodes against a plain loop over dm_control."""
+
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from dm_control import suite
+from scipy.stats import kstest, truncnorm
 
 import mop_distill as distill
 import mop_td3_collect as td3
 
-WALKER = ["walker-stand", "walker-walk", "walker-run"]
-OTHERS = ["cheetah-run", "cartpole-swingup", "ball_in_cup-catch"]
+
+class Policy(torch.nn.Module):
+    """Actions that are numbers of the state: nothing is rounded, as contacts amplify a last bit."""
+
+    def forward(self, x):
+        return torch.cat([x[:, -1:], x[:, :9]], dim=1).clamp(-1, 1)  # more than any action takes
 
 
-@pytest.mark.parametrize("task", WALKER + OTHERS)
-def test_equals_dm_control_bit_for_bit(task):
-    n, steps, rng = 3, 300 if task in WALKER else 50, np.random.default_rng(0)
-    env = td3.LockstepEnv(task, n, threads=2)
-    seeds = [5, 2**31 + 7, 123]
-    ours = env.reset(seeds)
+class Zeros(torch.nn.Module):
+    def forward(self, x):
+        return torch.zeros(len(x), 6)
+
+
+def plain_episode(task, seed, code=()):
+    """An episode by Policy as a plain loop: arrays as from run_episode."""
     domain, name = task.split("-")
-    theirs = [suite.load(domain, name, {"random": s}, {"flat_observation": True}) for s in seeds]
-    for i, other in enumerate(theirs):
-        np.testing.assert_array_equal(ours[i], other.reset().observation["observations"].astype(np.float32))
-    for _ in range(steps):
-        actions = rng.uniform(-1, 1, (n, env.action_dim)).astype(np.float32)
-        observations, reward, states = env.step(actions)
-        assert observations.dtype == reward.dtype == np.float32
-        for i, other in enumerate(theirs):
-            expected = other.step(actions[i])
-            np.testing.assert_array_equal(observations[i], expected.observation["observations"].astype(np.float32))
-            assert reward[i] == np.float32(expected.reward)
-            np.testing.assert_array_equal(states[i], other.physics.get_state())
+    env = suite.load(domain, name, {"random": seed}, {"flat_observation": True})
+    size = env.action_spec().shape[0]
+    time_step = env.reset()
+    obs = time_step.observation["observations"].astype(np.float32)
+    episode = {"observations": [obs], "actions": [], "rewards": []}
+    episode["physics"] = [env.physics.get_state()]
+    while not time_step.last():
+        x = torch.tensor([*obs, *code])[None]
+        action = Policy()(x)[0].numpy()[:size]
+        time_step = env.step(action)
+        obs = time_step.observation["observations"].astype(np.float32)
+        episode["observations"].append(obs)
+        episode["actions"].append(action)
+        episode["rewards"].append(time_step.reward)
+        episode["physics"].append(env.physics.get_state())
+    assert len(episode["rewards"]) == 1000 and time_step.discount == 1  # a timeout, not an end
+    return {name: np.array(values) for name, values in episode.items()}
 
 
-def test_a_second_episode_starts_afresh():
-    env = td3.LockstepEnv("walker-walk", 2, threads=1)
-    actions = np.random.default_rng(0).uniform(-1, 1, (40, 2, 6)).astype(np.float32)
-    runs = []
-    for _ in range(2):
-        env.reset([1, 2])
-        runs.append([env.step(a)[0] for a in actions])
-    np.testing.assert_array_equal(*runs)
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], name)
 
 
-@pytest.mark.parametrize("task", ["walker-stand", "cheetah-run"])
-@pytest.mark.parametrize("module", [td3, distill])
-def test_evaluate_sums_whole_episodes_from_fixed_seeds(task, module):
-    """Against a plain loop over dm_control environments; the policy rounds nothing, as contacts amplify a last bit."""
-    envs = td3.LockstepEnv(task, 2, threads=1) if module is td3 else distill.make_envs(task, 2)
-    returns = module.evaluate(lambda obs: obs[:, :8].clamp(-1, 1), envs, torch.device("cpu"))  # 6 of the 8 count
-    for e in range(2):
-        domain, name = task.split("-")
-        other = suite.load(domain, name, {"random": 2**31 + e}, {"flat_observation": True})
-        step, total, count = other.reset(), 0.0, 0
-        while not step.last():
-            step = other.step(step.observation["observations"].astype(np.float32)[:6].clip(-1, 1))
-            total, count = total + step.reward, count + 1
-        assert count == 1000 and step.discount == 1.0  # a timeout, not a termination
-        assert returns[e] == pytest.approx(total, rel=1e-5)
+@pytest.mark.parametrize("task", ["walker-walk", "cheetah-run"])
+def test_episodes_equal_a_plain_loop(task):
+    seeds = [2**31, 5]
+    for module in (distill, td3):
+        episodes = module.run_episodes(Policy(), task, seeds, 1)
+        for episode, seed in zip(episodes, seeds, strict=True):
+            assert_same(episode, plain_episode(task, seed))
+
+
+def test_the_number_of_workers_and_of_episodes_does_not_matter():
+    """Nor what the environment did before; the workers know a class that no script has."""
+    codes = [0.25]
+    seeds = [3, 4, 5]
+    episodes = distill.run_episodes(Policy(), "walker-stand", seeds, 2, code=codes)
+    distill.make_workers(2).shutdown()
+    distill.make_workers.cache_clear()
+    for episode, seed in zip(episodes, seeds, strict=True):
+        (alone,) = distill.run_episodes(Policy(), "walker-stand", [seed], 1, code=codes)
+        assert_same(episode, alone)
+    assert_same(episodes[0], plain_episode("walker-stand", 3, codes))
+    assert len(np.unique([episode["rewards"].sum() for episode in episodes])) == 3
+
+
+def test_the_policy_itself_is_not_touched():
+    """run_episodes takes a copy: a network in training keeps its gradients."""
+    actor = distill.Actor(24, 6, 8)
+    actor(torch.zeros(1, 24)).sum().backward()
+    gradients = [p.grad for p in actor.parameters()]
+    distill.run_episodes(actor, "walker-stand", [1], 1)
+    assert all(p.requires_grad for p in actor.parameters())
+    assert all(p.grad is g for p, g in zip(actor.parameters(), gradients, strict=True))
+
+
+def test_mixes():
+    """noise: clipped N(0, 1) around the policy's action; random: uniform; a stream per seed."""
+    actions = {}
+    for mix in ("online", "noise", "random90", "random99"):
+        episode = td3.run_episode(pickle.dumps(Zeros()), "walker-walk", 7, mix=mix)
+        again = td3.run_episode(pickle.dumps(Zeros()), "walker-walk", 7, mix=mix)
+        assert_same(episode, again)
+        assert episode["actions"].dtype == np.float32
+        actions[mix] = episode["actions"]
+    assert np.all(actions["online"] == 0)
+    inside = actions["noise"][np.abs(actions["noise"]) < 1]
+    assert inside.size / actions["noise"].size == pytest.approx(0.683, abs=0.03)
+    assert kstest(inside, truncnorm(-1, 1).cdf).pvalue > 0.01
+    assert kstest(actions["random90"].ravel(), "uniform", (-1, 2)).pvalue > 0.01
+    np.testing.assert_array_equal(actions["random90"], actions["random99"])
+    other = td3.run_episode(pickle.dumps(Zeros()), "walker-walk", 8, mix="noise")
+    assert not np.array_equal(other["actions"], actions["noise"])
+    noisy = td3.run_episode(pickle.dumps(Policy()), "walker-walk", 7, mix="noise")
+    plain = Policy()(torch.from_numpy(noisy["observations"][:-1]))[:, :6].numpy()
+    noise = np.random.default_rng(7).standard_normal((1000, 6))
+    np.testing.assert_allclose(noisy["actions"], np.clip(plain + noise, -1, 1), atol=1e-6)
 
 
 @pytest.mark.parametrize("task", ["walker-fly", "walkerstand", "lqr-lqr_2_1", "quadruped-walk", ""])
 def test_tasks_that_cannot_run_are_refused(task):
-    with pytest.raises(SystemExit, match=r"task .*: expected"):
-        td3.LockstepEnv(task, 1)
+    with pytest.raises(SystemExit, match=r"task .*: (not one of|expected actions)"):
+        td3.make_env(task)
+
+
+def test_tasks_of_other_sizes_are_refused():
+    assert td3.task_sizes(["walker-stand", "walker-run"]) == (24, 6)
+    with pytest.raises(SystemExit, match=r"--tasks: expected the same sizes .*cheetah-run"):
+        td3.task_sizes(["walker-stand", "cheetah-run"])

@@ -1,19 +1,20 @@
-"""Every default, every random stream, and every training loop against the same loop written out in plain torch.
+"""Every default, every stream of random numbers, and every training loop against a plain one.
 
-The plain loops share no code with the scripts: networks are dicts of tensors, gradients come from torch.autograd.grad,
-Adam is its formula. They draw from a generator of the same seed in the same order, so that a few updates through a
-script's own main() have to end with the same weights up to rounding. World stands in for dm_control.
+The plain loops share no code with the scripts: networks are dicts of tensors, gradients come from
+torch.autograd.grad, Adam is its formula. They draw the same random numbers in the same order, so a
+few updates by a script's own main() must end with the same weights up to rounding. World stands in
+for dm_control.
 """
 
-import json
+import os
 import sys
 import zlib
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import kstest
 
 import mop_distill as distill
 import mop_ds as ds
@@ -25,154 +26,216 @@ from conftest import make_arrays, write_dataset, write_teacher
 
 TRAINING = {"td3": td3, "pbrl": pbrl, "distill": distill, "ds": ds, "oqs": oqs}
 
-# ------------------------------------------------------------------------------- defaults: the thesis's (shared spec)
-RUN = {"seed": 1, "scale": "thesis", "run_dir": None, "resume": None, "overwrite": False, "eval_every": 10_000}
-RUN |= {"eval_episodes": 10, "final_eval_episodes": 100, "device": "auto", "threads": 0, "output": None}
-RUN |= {"matmul_precision": "highest", "cuda_graph": False}
-PBRL = {"gamma": 0.99, "tau": 0.005, "actor_tau": 0.005, "policy_noise": 0.2, "noise_clip": 0.5, "policy_frequency": 2}
-PBRL |= {"num_critics": 5, "num_ood": 3, "ood_noise": 0.01, "beta_in": 0.001, "beta_ood": 3.0, "beta_ood_min": 0.1}
-PBRL |= {"beta_ood_decay": 0.99995, "bc_coef": 0.0, "common_seed": False}
-STUDENT = {"tasks": ("walker-stand", "walker-walk"), "level": ("medium",), "data": (), "teachers": ()}
-STUDENT |= {"gradient_steps": 500_000, "learning_rate": 1e-4, "batch_size": 1024, "hidden": 256}
-STUDENT |= {"task_encoding": "number"}
-TEACHERS = {"teacher_steps": 1_000_000, "teacher_learning_rate": 1e-4, "teacher_batch_size": 1024}
-TEACHERS |= {"teacher_hidden": 256}
-DEFAULTS = {
+# ----------------------------------------------------------------------- defaults: the thesis's
+# fmt: off
+DEFAULTS = {  # of every flag, unless the script has its own below
+    "tasks": ("walker-stand", "walker-walk"), "task": "walker-walk", "level": ("medium",),
+    "seed": 1, "common_seed": False, "scale": "thesis", "states": "offline",
+    "data": (), "teachers": (), "output": None,
+    "run_dir": None, "resume": None, "overwrite": False,
+    "eval_every": 10_000, "eval_episodes": 10, "final_eval_episodes": 100,
+    "loss": "mse", "regularizer": "none", "reg_lambda": 100.0, "task_encoding": "number",
+    "gradient_steps": 500_000, "learning_rate": 1e-4, "batch_size": 1024, "hidden": 256,
+    "teacher_steps": 1_000_000, "teacher_learning_rate": 1e-4,
+    "teacher_batch_size": 1024, "teacher_hidden": 256,
+    "gamma": 0.99, "tau": 0.005, "actor_tau": 0.005,
+    "policy_noise": 0.2, "noise_clip": 0.5, "policy_frequency": 2,
+    "num_critics": 5, "num_ood": 3, "ood_noise": 0.01, "beta_in": 0.001,
+    "beta_ood": 3.0, "beta_ood_min": 0.1, "beta_ood_decay": 0.99995, "bc_coef": 0.0,
+    "device": "auto", "threads": 0, "matmul_precision": "highest", "cuda_graph": False,
+}
+OWN_DEFAULTS = {
     "td3": {
-        **RUN,
-        **{"task": "walker-walk", "policy": None, "mix": "online", "datasets": ("medium", "expert", "medium-replay")},
-        **{"num_transitions": 1_000_000, "num_envs": 100, "medium_step": 1_000_000},
-        **{"medium_return": None, "total_timesteps": 2_000_000, "learning_rate": 1e-4, "batch_size": 1024},
-        **{"hidden": 1024, "gamma": 0.99, "tau": 0.01, "policy_noise": 0.3, "noise_clip": 0.3},
-        **{"exploration_noise": 0.2, "policy_frequency": 2, "learning_starts": 4_000},
+        "policy": None, "mix": "online", "num_transitions": 1_000_000,
+        "datasets": ("medium", "expert", "medium-replay"),
+        "medium_step": 1_000_000, "medium_return": None, "total_timesteps": 2_000_000,
+        "hidden": 1024, "tau": 0.01, "policy_noise": 0.3, "noise_clip": 0.3,
+        "exploration_noise": 0.2, "learning_starts": 4_000,
     },
     "pbrl": {
-        **RUN,
-        **PBRL,
-        **{"task": "walker-walk", "tasks": (), "level": ("medium",), "data": (), "actor": "deterministic"},
-        **{"gradient_steps": 1_000_000, "learning_rate": 1e-4, "batch_size": 1024, "hidden": 256},
+        "level": "medium", "data": None, "actor": "deterministic", "gradient_steps": 1_000_000,
     },
-    "distill": {
-        **RUN,
-        **STUDENT,
-        **{"states": ("offline",), "loss": "mse", "regularizer": "none", "reg_lambda": 100.0},
+    "distill": {},
+    "ds": {},
+    "oqs": {},
+    "measure": {
+        "student": None, "episodes": 1000, "cross_episodes": 100, "shift": None,
+        "tau_states": 100_000, "cka_states": 100_000, "shift_states": 100_000,
+        "gif": True,
     },
-    "ds": RUN | STUDENT | TEACHERS | PBRL,
-    "oqs": RUN | STUDENT | TEACHERS | PBRL,
 }
-LAPTOP_PBRL = {
-    "num_ood": 1,
-    "tau": 0.02,
-    "actor_tau": 0.02,
-    "policy_noise": 0.05,
-    "beta_ood_decay": 0.9997,
-    "bc_coef": 1.0,
-    "matmul_precision": "medium",
-}
-LAPTOP_STUDENT = {"gradient_steps": 20_000, "learning_rate": 1e-3}
-LAPTOP_TEACHERS = {"teacher_steps": 30_000, "teacher_batch_size": 256, "teacher_learning_rate": 3e-4}
 LAPTOP = {
-    "td3": {"hidden": 256, "batch_size": 128, "learning_rate": 3e-4, "total_timesteps": 250_000},
-    "pbrl": LAPTOP_PBRL | {"gradient_steps": 30_000, "batch_size": 256, "learning_rate": 3e-4},
-    "distill": LAPTOP_STUDENT,
-    "ds": LAPTOP_STUDENT | LAPTOP_TEACHERS | LAPTOP_PBRL,
-    "oqs": LAPTOP_STUDENT | LAPTOP_TEACHERS | LAPTOP_PBRL,
+    "td3": {
+        "hidden": 256, "batch_size": 128, "learning_rate": 3e-4,
+        "total_timesteps": 240_000, "medium_step": 120_000,
+    },
+    "pbrl": {
+        "gradient_steps": 30_000, "batch_size": 256, "learning_rate": 3e-4,
+        "num_ood": 1, "tau": 0.02, "actor_tau": 0.02, "policy_noise": 0.05,
+        "beta_ood_decay": 0.9997, "bc_coef": 1.0, "matmul_precision": "medium",
+    },
+    "distill": {"gradient_steps": 20_000, "learning_rate": 1e-3},
+    "ds": {
+        "gradient_steps": 20_000, "learning_rate": 1e-3,
+        "teacher_steps": 30_000, "teacher_batch_size": 256, "teacher_learning_rate": 3e-4,
+        "num_ood": 1, "tau": 0.02, "actor_tau": 0.02, "policy_noise": 0.05,
+        "beta_ood_decay": 0.9997, "bc_coef": 1.0, "matmul_precision": "medium",
+    },
 }
+LAPTOP["oqs"] = LAPTOP["ds"]
+
+# settings of the short runs below, all unlike the defaults
+RUN = {"eval_episodes": 2, "final_eval_episodes": 3, "device": "cpu", "run_dir": "run"}
+TD3 = {
+    "learning_rate": 3e-3, "batch_size": 16, "hidden": 8, "gamma": 0.9, "tau": 0.1,
+    "policy_noise": 0.5, "noise_clip": 0.4, "exploration_noise": 0.35, "policy_frequency": 3,
+    "learning_starts": 46, "total_timesteps": 60, "medium_step": 40, "eval_every": 20,
+    "num_transitions": 50,
+}
+PBRL = {
+    "gamma": 0.9, "tau": 0.1, "actor_tau": 0.25, "policy_noise": 0.4, "noise_clip": 0.3,
+    "policy_frequency": 3, "num_critics": 3, "num_ood": 2, "ood_noise": 0.4, "beta_in": 0.5,
+    "beta_ood": 2.0, "beta_ood_min": 0.5, "beta_ood_decay": 0.7,
+}
+SMALL = {"gradient_steps": 8, "learning_rate": 3e-3, "batch_size": 16, "hidden": 8}
+START = {  # one update that moves nothing
+    "gradient_steps": 1, "learning_rate": 1e-12, "batch_size": 4, "hidden": 8,
+}
+START_TEACHERS = {
+    "teacher_steps": 1, "teacher_learning_rate": 1e-12, "teacher_batch_size": 4,
+    "teacher_hidden": 8,
+}
+TEACHERS = {
+    "teacher_steps": 8, "teacher_learning_rate": 3e-3, "teacher_batch_size": 16,
+    "teacher_hidden": 8,
+}
+# fmt: on
 
 
-def parsed(monkeypatch, name, *argv):
+def flags(settings: dict) -> list:
+    """{"batch_size": 8} -> ["--batch-size", 8]."""
+    argv = []
+    for name, value in settings.items():
+        argv += [f"--{name.replace('_', '-')}", value]
+    return argv
+
+
+def parsed(monkeypatch, name, *argv) -> dict:
+    """The arguments that a script finds on a command line."""
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
-    module = TRAINING[name]
-    return vars(module.parse_args(module.Args, module.LAPTOP)[0])
+    return vars(TRAINING[name].parse_args()[0])
+
+
+def defaults(name) -> dict:
+    """The expected defaults of a script, as parsed: the number of threads is known then."""
+    own = OWN_DEFAULTS[name]
+    expected = {}
+    for field in vars(TRAINING[name].Args()):
+        expected[field] = own[field] if field in own else DEFAULTS[field]
+    return expected | {"threads": len(os.sched_getaffinity(0))}
+
+
+@pytest.mark.parametrize("name", OWN_DEFAULTS)
+def test_defaults(name):
+    module = TRAINING.get(name, measure)
+    own = OWN_DEFAULTS[name]
+    found = vars(module.Args())
+    for field, value in found.items():
+        assert value == (own[field] if field in own else DEFAULTS[field]), field
+    assert own.keys() <= found.keys()
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_defaults(name, monkeypatch):
-    assert vars(TRAINING[name].Args()) == DEFAULTS[name]
-    assert parsed(monkeypatch, name) == DEFAULTS[name]
-
-
-def test_defaults_of_measure():
-    assert vars(measure.Args()) == {
-        **{"student": None, "episodes": 1000, "teachers": (), "tasks": ("walker-stand", "walker-walk")},
-        **{"cross_episodes": 100, "shift": (), "seed": 1, "run_dir": None, "overwrite": False, "gif": True},
-        **{"gif_fps": 10, "tau_states": 100_000, "cka_states": 100_000, "shift_states": 100_000},
-        **{"device": "auto", "threads": 0},
-    }
+def test_no_flags(name, monkeypatch):
+    assert parsed(monkeypatch, name) == defaults(name)
 
 
 def test_constants():
-    assert pbrl.LOG_STD == {"deterministic": None, "gaussian": (-5.0, 0.0), "gaussian-tanh": (-1.0, 1.0)}
+    assert pbrl.LOG_STD == {
+        "deterministic": None,
+        "gaussian": (-5.0, 0.0),
+        "gaussian-tanh": (-1.0, 1.0),
+    }
     assert td3.PLAIN_ONE_IN == {"online": 1, "noise": 10, "random90": 10, "random99": 100}
-    assert {module.EVAL_SEED for module in (*TRAINING.values(), measure)} == {2**31}
+    for module in [*TRAINING.values(), measure]:
+        assert module.EVAL_SEED == 2**31
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_laptop_wins_over_defaults_and_flags_win_over_both(name, monkeypatch, capsys):
-    assert parsed(monkeypatch, name, "--scale", "laptop") == DEFAULTS[name] | LAPTOP[name] | {"scale": "laptop"}
-    assert capsys.readouterr().out.startswith("--scale laptop: --")
-    mine = {key: {int: 3, float: 0.25, str: "high"}[type(value)] for key, value in LAPTOP[name].items()} | {"seed": 9}
-    expected = DEFAULTS[name] | mine | {"scale": "laptop"}
-    for scale_first in (True, False):
-        argv = ["--scale", "laptop"], flags(mine)
-        assert parsed(monkeypatch, name, *argv[1 - scale_first], *argv[scale_first]) == expected
-    # a flag that repeats the thesis's default wins, too
-    thesis = {key: DEFAULTS[name][key] for key in LAPTOP[name]}
-    assert parsed(monkeypatch, name, *flags(thesis), "--scale", "laptop") == DEFAULTS[name] | {"scale": "laptop"}
+def test_laptop_wins_over_defaults_and_flags_win_over_both(name, monkeypatch):
+    laptop = defaults(name) | {"scale": "laptop"} | LAPTOP[name]
+    assert parsed(monkeypatch, name, "--scale", "laptop") == laptop
+    given = {"seed": 9, "hidden": 5}
+    for field in LAPTOP[name]:
+        given[field] = defaults(name)[field]  # a flag that repeats the thesis's default wins, too
+    expected = defaults(name) | {"scale": "laptop"} | given
+    assert parsed(monkeypatch, name, "--scale", "laptop", *flags(given)) == expected
+    assert parsed(monkeypatch, name, *flags(given), "--scale", "laptop") == expected
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_resumed_arguments_win_over_defaults_and_flags_win_over_them(name, monkeypatch, tmp_path):
-    steps = "total_timesteps" if name == "td3" else "gradient_steps"
-    argv = ["--run-dir", "elsewhere", "--scale", "laptop", *flags({"hidden": 5, steps: 44})]
-    torch.save({"script": TRAINING[name].__name__, "argv": list(map(str, argv))}, tmp_path / "resume.pt")
-    found = parsed(monkeypatch, name, "--resume", tmp_path, *flags({steps: 55}))
-    stored = DEFAULTS[name] | LAPTOP[name] | {"scale": "laptop", "hidden": 5}
-    assert found == stored | {"resume": str(tmp_path), "run_dir": str(tmp_path), steps: 55}
+def test_resumed_arguments_are_defaults_and_flags_win_over_them(name, monkeypatch, tmp_path):
+    stored = parsed(monkeypatch, name, "--scale", "laptop", "--seed", 7, "--run-dir", "elsewhere")
+    resume_point = {
+        "kind": f"resume point of {TRAINING[name].__name__}.py",
+        "args": stored,
+        "device": "cpu",
+    }
+    torch.save(resume_point, tmp_path / "resume.pt")
+    found = parsed(monkeypatch, name, "--device", "cpu", "--resume", tmp_path, "--hidden", 5)
+    given = {"device": "cpu", "resume": str(tmp_path), "run_dir": str(tmp_path), "hidden": 5}
+    assert found == stored | given
+    assert found["seed"] == 7 and found["learning_rate"] == LAPTOP[name]["learning_rate"]
 
 
-# ---------------------------------------------------------------------------------------------------------- the world
+# ---------------------------------------------------------------------------------- the world
+TASKS = ("toy-up", "toy-down")
+SLOPES = {"toy-up": 2.0, "toy-down": -2.0, "toy-out": 0.5}
+
+
 class World:
-    """dm_control's interface (environment, task and physics in one) to a small made-up world with short episodes."""
+    """A small made-up world with dm_control's interface: environment, task and physics in one."""
 
-    obs_dim, action_dim, _step_limit = 3, 2, 20
+    _step_limit = 20
 
     def __init__(self, name):
-        self.name, self.random, self.task, self.physics = name, np.random.RandomState(0), self, self
-        self.state, self.control = np.zeros(self.obs_dim), np.zeros(self.action_dim)
-
-    @classmethod
-    def make(cls, task, n):
-        return [cls(task) for _ in range(n)]
-
-    def start(self):
-        return self.random.uniform(-1, 1, self.obs_dim)
-
-    def move(self, s, action):
-        return 0.8 * np.roll(s, 1) + 0.3 * np.array([action[0], action[1], action[0] * s[1]])
-
-    def get_reward(self, physics):
-        here = 1 / (1 + np.exp({"toy-up": 2, "toy-down": -2, "toy-out": 0.5}[self.name] * physics.state[0]))
-        return 0.9 * here + 0.1 * physics.control[0] ** 2
+        self.name = name
+        self.random = np.random.RandomState(0)
+        self.task = self
+        self.physics = self
+        self.state = np.zeros(3)
+        self.control = np.zeros(2)
 
     def reset(self):
-        self.state, self.control, self.time = self.start(), np.zeros(self.action_dim), 0
-        return self.now()
+        self.state = self.random.uniform(-1, 1, 3)
+        self.control = np.zeros(2)
+        self.time = 0
+        return self.time_step()
 
     def step(self, action):
         self.control = np.asarray(action, np.float64)
-        self.state, self.time = self.move(self.state, self.control), self.time + 1
-        return self.now()
+        force = np.array([action[0], action[1], action[0] * self.state[1]])
+        self.state = 0.8 * np.roll(self.state, 1) + 0.3 * force
+        self.time += 1
+        return self.time_step()
 
-    def now(self):
-        end = self.time == self._step_limit
-        return SimpleNamespace(observation={"observations": self.state}, reward=self.get_reward(self), last=lambda: end)
+    def get_reward(self, physics):
+        here = 1 / (1 + np.exp(SLOPES[self.name] * physics.state[0]))
+        return 0.9 * here + 0.1 * physics.control[0] ** 2
+
+    def time_step(self):
+        is_last = self.time == self._step_limit
+        return SimpleNamespace(
+            observation={"observations": self.state},
+            reward=self.get_reward(self),
+            last=lambda: is_last,
+        )
 
     def observation_spec(self):
-        return {"observations": SimpleNamespace(shape=(self.obs_dim,))}
+        return {"observations": SimpleNamespace(shape=(3,))}
 
     def action_spec(self):
-        return SimpleNamespace(shape=(self.action_dim,))
+        return SimpleNamespace(shape=(2,))
 
     def get_state(self):
         return self.state.copy()
@@ -187,90 +250,99 @@ class World:
         pass
 
 
-TASKS = "toy-up", "toy-down"
-
-
 @pytest.fixture
 def world(monkeypatch, run_main):
     """run_main with World in place of dm_control."""
     for module in TRAINING.values():
-        monkeypatch.setattr(module, "make_envs", World.make)
+        monkeypatch.setattr(module, "make_env", cache(World))
+        if hasattr(module, "TAU_STATES"):
+            monkeypatch.setattr(module, "TAU_STATES", 20)
     return run_main
 
 
-def made_up(n, seed=0):
-    """Arrays of random transitions, a fifth of them terminal, in World's sizes."""
+def observed(time_step):
+    return torch.from_numpy(time_step.observation["observations"]).float()
+
+
+def made_up(n, seed=0) -> dict:
+    """Arrays of random transitions of World, a fifth of them terminal."""
     arrays = make_arrays(n, 3, 2, 3, seed)
-    return arrays | {"terminals": np.random.default_rng(seed + 100).random(n) < 0.2}
+    arrays["terminals"] = np.random.default_rng(seed + 100).random(n) < 0.2
+    return arrays
 
 
-def relabelled(arrays, task):
-    """The same with the rewards of another task."""
-    env, rewards = World(task), []
+def rewards_of(task, arrays) -> np.ndarray:
+    """The rewards of a task for the stored physics states and actions."""
+    env = World(task)
+    rewards = []
     for state, action in zip(arrays["physics"], arrays["actions"], strict=True):
-        env.state, env.control = state, action
+        env.state = state
+        env.control = action
         rewards.append(env.get_reward(env))
-    return arrays | {"rewards": np.array(rewards, np.float32)}
+    return np.array(rewards, np.float32)
 
 
-def union(*parts):
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def plain_returns(policy, task, episodes):
-    """Returns of episodes 0, 1, .. from their fixed initial states, one after the other."""
+def plain_returns(weights, task, code=()) -> list:
+    """Returns of three episodes from the fixed initial states."""
     returns = []
-    for e in range(episodes):
+    for e in range(3):
         env = World(task)
         env.random.seed(2**31 + e)
-        step, total = env.reset(), 0.0
-        while not step.last():
-            obs = torch.from_numpy(step.observation["observations"]).float()
-            step = env.step(policy(obs[None])[0, :2].detach().numpy())
-            total += step.reward
+        time_step = env.reset()
+        total = 0.0
+        while not time_step.last():
+            x = torch.cat([observed(time_step), torch.tensor(code)])
+            time_step = env.step(policy(weights, x[None])[0, :2].detach().numpy())
+            total += time_step.reward
         returns.append(total)
     return returns
 
 
-# ------------------------------------------------------------------------------------------------ networks and Adam
-def make_policy(in_dim, out_dim, hidden, layer_norm=False):
-    """Initial weights by torch's default, drawn in the order of the layers; names as in a checkpoint."""
-    weights, place = {}, 0
-    for j, (a, b) in enumerate([(in_dim, hidden), (hidden, hidden), (hidden, out_dim)]):
-        layer = torch.nn.Linear(a, b)
-        weights |= {f"net.{place}.weight": layer.weight, f"net.{place}.bias": layer.bias}
-        if j == 0 and layer_norm:
-            weights |= {"net.1.weight": torch.ones(hidden), "net.1.bias": torch.zeros(hidden)}
-        place += 3 if j == 0 and layer_norm else 2
+# ------------------------------------------------------------------------------ networks, Adam
+def make_policy(in_dim, out_dim, hidden, layer_norm=False) -> dict:
+    """Initial weights by torch's default, drawn layer by layer; names as in a checkpoint."""
+    weights = {}
+    place = 0
+    for n_in, n_out in [(in_dim, hidden), (hidden, hidden), (hidden, out_dim)]:
+        layer = torch.nn.Linear(n_in, n_out)
+        weights[f"net.{place}.weight"] = layer.weight
+        weights[f"net.{place}.bias"] = layer.bias
+        place += 2
+        if layer_norm and place == 2:
+            weights["net.1.weight"] = torch.ones(hidden)
+            weights["net.1.bias"] = torch.zeros(hidden)
+            place = 3
     return {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
 
 
-def make_critics(k, obs_dim, action_dim, hidden, layer_norm=False):
+def make_critics(num_critics, hidden, layer_norm=False) -> dict:
     weights = {}
-    for j, (a, b) in enumerate([(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)], start=1):
-        layers = [torch.nn.Linear(a, b) for _ in range(k)]
+    for j, (n_in, n_out) in enumerate([(3 + 2, hidden), (hidden, hidden), (hidden, 1)], start=1):
+        layers = [torch.nn.Linear(n_in, n_out) for _ in range(num_critics)]
         weights[f"w{j}"] = torch.stack([layer.weight.T for layer in layers])
         weights[f"b{j}"] = torch.stack([layer.bias[None] for layer in layers])
     if layer_norm:
-        weights |= {"scale": torch.ones(k, 1, hidden), "shift": torch.zeros(k, 1, hidden)}
+        weights["scale"] = torch.ones(num_critics, 1, hidden)
+        weights["shift"] = torch.zeros(num_critics, 1, hidden)
     return {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
 
 
 def normalised(h):
-    return (h - h.mean(1, keepdim=True)) / (h.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    variance = h.var(1, unbiased=False, keepdim=True)
+    return (h - h.mean(1, keepdim=True)) / (variance + 1e-5).sqrt()
 
 
-def layers_of(w, x):
-    """Hidden activations and output of a policy."""
-    w = list(w.values())
+def layers_of(weights, x):
+    """Both hidden layers and the output of a policy."""
+    w = list(weights.values())
     h1 = x @ w[0].T + w[1]
-    h1 = (normalised(h1) * w[2] + w[3]).tanh() if len(w) == 8 else h1.relu()
+    h1 = h1.relu() if len(w) == 6 else (normalised(h1) * w[2] + w[3]).tanh()
     h2 = (h1 @ w[-4].T + w[-3]).relu()
     return h1, h2, (h2 @ w[-2].T + w[-1]).tanh()
 
 
-def policy(w, x):
-    return layers_of(w, x)[2]
+def policy(weights, x):
+    return layers_of(weights, x)[2]
 
 
 def values(w, obs, action):
@@ -288,16 +360,21 @@ class Adam:
     """Kingma and Ba 2015, algorithm 1."""
 
     def __init__(self, weights, rate):
-        self.weights, self.rate, self.t = list(weights.values()), rate, 0
-        self.m, self.v = ([torch.zeros_like(w) for w in self.weights] for _ in range(2))
+        self.weights = list(weights.values())
+        self.rate = rate
+        self.t = 0
+        self.m = [torch.zeros_like(w) for w in self.weights]
+        self.v = [torch.zeros_like(w) for w in self.weights]
 
     def minimise(self, loss):
         self.t += 1
-        for w, m, v, g in zip(self.weights, self.m, self.v, torch.autograd.grad(loss, self.weights), strict=True):
+        gradients = torch.autograd.grad(loss, self.weights)
+        for w, m, v, g in zip(self.weights, self.m, self.v, gradients, strict=True):
             m.copy_(0.9 * m + 0.1 * g)
             v.copy_(0.999 * v + 0.001 * g * g)
-            step = (m / (1 - 0.9**self.t)) / ((v / (1 - 0.999**self.t)).sqrt() + 1e-8)
-            w.data -= self.rate * step
+            m_hat = m / (1 - 0.9**self.t)
+            v_hat = v / (1 - 0.999**self.t)
+            w.data -= self.rate * m_hat / (v_hat.sqrt() + 1e-8)
 
 
 def copied(weights):
@@ -311,555 +388,562 @@ def follow(target, online, rate):
 
 def assert_close(found, expected, atol=1e-6):
     assert list(found) == list(expected)
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name].detach(), atol=atol, rtol=0, msg=f"{{}}: {name}".format)
+    for name, weight in expected.items():
+        np.testing.assert_allclose(found[name], weight.detach(), atol=atol, rtol=0, err_msg=name)
 
 
 def assert_equal(a, b):
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
 
 
 def load(path):
     return torch.load(path, weights_only=True)
 
 
-def flags(settings: dict) -> list:
-    return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
-
-
 def seed_of(text):
     return zlib.crc32(text.encode())
 
 
-FILES = {"eval_episodes": 2, "final_eval_episodes": 3, "threads": 1, "device": "cpu"}
+def losses_by_step(run_dir) -> dict:
+    """{step: {metric: value}} of losses.csv."""
+    by_step = {}
+    for line in (run_dir / "losses.csv").read_text().splitlines()[1:]:
+        step, name, value = line.split(",")
+        by_step.setdefault(int(step), {})[name] = float(value)
+    return by_step
 
-# ----------------------------------------------------------------------------------------------------------------- TD3
-TD3 = {"learning_rate": 3e-3, "batch_size": 16, "hidden": 8, "gamma": 0.9, "tau": 0.1, "policy_noise": 0.5}
-TD3 |= {"noise_clip": 0.4, "exploration_noise": 0.35, "policy_frequency": 3, "learning_starts": 46}
-TD3 |= {"total_timesteps": 60, "medium_step": 40, "eval_every": 20, "num_transitions": 50, "num_envs": 2}
+
+# ----------------------------------------------------------------------------------------- TD3
 
 
 def plain_td3(task, seed, a):
-    """(weights, replay rows, medium actor at step a.medium_step, last losses) after a.total_timesteps steps."""
+    """a.total_timesteps steps -> networks, transitions, actor at a.medium_step, last metrics."""
     torch.manual_seed(seed_of(f"{seed} behavior {task}"))
-    generator = torch.Generator().manual_seed(seed_of(f"{seed} behavior {task}"))
-    actor, critics = make_policy(3, 2, a.hidden, True), make_critics(2, 3, 2, a.hidden, True)
-    target_actor, target_critics = copied(actor), copied(critics)
-    actor_adam, critic_adam = Adam(actor, a.learning_rate), Adam(critics, a.learning_rate)
-    env, rows, losses, medium = World(task), [], {}, None
-    for step in range(a.total_timesteps):
-        if step % 20 == 0:
+    actor = make_policy(3, 2, a.hidden, layer_norm=True)
+    critics = make_critics(2, a.hidden, layer_norm=True)
+    target_actor = copied(actor)
+    target_critics = copied(critics)
+    actor_adam = Adam(actor, a.learning_rate)
+    critic_adam = Adam(critics, a.learning_rate)
+    env = World(task)
+    transitions = []
+    metrics = {}
+    for step in range(1, a.total_timesteps + 1):
+        if step % 20 == 1:
             env.random.seed(seed_of(f"{seed} {task} {step // 20}") % 2**31)
-            obs = torch.from_numpy(env.reset().observation["observations"]).float()
-        if step < a.learning_starts:
-            action = torch.rand(1, 2, generator=generator)[0] * 2 - 1
+            obs = observed(env.reset())
+            metrics["return/training"] = 0.0
+
+        if step <= a.learning_starts:
+            action = torch.rand(2) * 2 - 1
         else:
-            noise = a.exploration_noise * torch.randn(1, 2, generator=generator)[0]
-            action = (policy(actor, obs[None])[0].detach() + noise).clamp(-1, 1)
-        if step >= a.learning_starts:
-            index = (torch.rand(a.batch_size, generator=generator, dtype=torch.float64) * len(rows)).long()
-            s, b, r, s2 = (torch.stack([rows[i][part] for i in index]) for part in range(4))
-            noise = torch.randn(a.batch_size, 2, generator=generator)
+            action = policy(actor, obs[None])[0].detach() + a.exploration_noise * torch.randn(2)
+            action = action.clamp(-1, 1)
+
+        if step > a.learning_starts:
+            index = torch.randint(len(transitions), (a.batch_size,)).tolist()
+            columns = zip(*[transitions[i] for i in index], strict=True)
+            s, b, r, s2, _ = map(torch.stack, columns)
+            noise = (a.policy_noise * torch.randn(a.batch_size, 2)).clamp(
+                -a.noise_clip, a.noise_clip
+            )
             with torch.no_grad():
-                noise = (a.policy_noise * noise).clamp(-a.noise_clip, a.noise_clip)
                 b2 = (policy(target_actor, s2) + noise).clamp(-1, 1)
                 y = r + a.gamma * torch.minimum(*values(target_critics, s2, b2))
             q1, q2 = values(critics, s, b)
             loss = ((q1 - y) ** 2).mean() + ((q2 - y) ** 2).mean()
-            losses["loss/critics"] = loss.item()
+            metrics["loss/critics"] = loss.item()
             critic_adam.minimise(loss)
             if step % a.policy_frequency == 0:
-                mean_q = values(critics, s, policy(actor, s))[0].mean()
-                losses["value/mean_q1"] = mean_q.item()
-                actor_adam.minimise(-mean_q)
+                loss = -values(critics, s, policy(actor, s))[0].mean()
+                metrics["loss/actor"] = loss.item()
+                actor_adam.minimise(loss)
                 follow(target_actor, actor, a.tau)
                 follow(target_critics, critics, a.tau)
-        now = env.step(action.numpy())
-        after = torch.from_numpy(now.observation["observations"]).float()
-        rows.append((obs, action, torch.tensor(now.reward).float(), after, torch.from_numpy(env.get_state())))
-        obs = after
-        if step + 1 == a.medium_step:
+
+        time_step = env.step(action.numpy())
+        next_obs = observed(time_step)
+        reward = torch.tensor(time_step.reward).float()
+        transitions.append((obs, action, reward, next_obs, torch.from_numpy(env.get_state())))
+        metrics["return/training"] += time_step.reward
+        obs = next_obs
+        if step == a.medium_step:
             medium = copied(actor)
-    networks = {"actor": actor, "critics": critics, "target_actor": target_actor, "target_critics": target_critics}
-    return networks, rows, medium, losses, generator
+    networks = {
+        "actor": actor,
+        "critics": critics,
+        "target_actor": target_actor,
+        "target_critics": target_critics,
+    }
+    return networks, transitions, medium, metrics
 
 
-def recorded(monkeypatch, module):
-    """What a script logs: [(step, metrics as numbers)]."""
-    found, log = [], module.log
-
-    def spy(writer, step, metrics):
-        found.append((step, {name: float(value) for name, value in metrics.items()}))
-        return log(writer, step, metrics)
-
-    monkeypatch.setattr(module, "log", spy)
-    return found
+MORE = {"medium_step": 60, "learning_starts": 8, "policy_frequency": 2, "seed": 5}
 
 
-@pytest.mark.parametrize("more", [{}, {"medium_step": 60, "learning_starts": 8, "policy_frequency": 2, "seed": 5}])
-def test_td3_equals_a_plain_loop(world, tmp_path, monkeypatch, more):
-    settings = FILES | TD3 | more
-    logged = recorded(monkeypatch, td3)
-    world(td3, "--task", TASKS[0], *flags(settings), "--run-dir", "run")
+@pytest.mark.parametrize("more", [{"seed": 1}, MORE])
+def test_td3_equals_a_plain_loop(world, tmp_path, more):
+    settings = RUN | TD3 | more
+    task = TASKS[0]
+    world(td3, "--task", task, *flags(settings))
     a = SimpleNamespace(**settings)
-    networks, rows, medium, losses, generator = plain_td3(TASKS[0], settings.get("seed", 1), a)
-    point = load(tmp_path / "run/resume.pt")
+    networks, transitions, medium, metrics = plain_td3(task, a.seed, a)
+    resume_point = load(tmp_path / "run/resume.pt")
     for name, weights in networks.items():
-        assert_close(point[name], weights, atol=5e-6)
-    assert torch.equal(point["generator"], generator.get_state())
-    step, metrics = logged[-1]
-    assert step == 60 and losses.items() <= {k: pytest.approx(v, abs=1e-4) for k, v in metrics.items()}.items()
-    final = {"expert": networks["actor"], "medium": medium}
-    for level, weights in final.items():
-        checkpoint = load(tmp_path / f"checkpoints/{TASKS[0]}-{level}-behavior.pt")
+        assert_close(resume_point[name], weights, atol=5e-6)
+    assert torch.equal(resume_point["random_states"][0], torch.get_rng_state())
+    by_step = losses_by_step(tmp_path / "run")
+    assert list(by_step) == [20, 40, 60]
+    assert by_step[60] == pytest.approx(metrics, abs=1e-4)
+
+    for level, weights, step in (
+        ("medium", medium, a.medium_step),
+        ("expert", networks["actor"], 60),
+    ):
+        checkpoint = load(tmp_path / f"checkpoints/{task}-{level}-behavior.pt")
         assert_close(checkpoint["actor"], weights, atol=5e-6)
-        assert (checkpoint["level"], checkpoint["step"]) == (level, a.medium_step if level == "medium" else 60)
-        expected = plain_returns(lambda obs, w=weights: policy(w, obs), TASKS[0], 3)
-        assert checkpoint["returns"][TASKS[0]] == pytest.approx(expected, abs=1e-3)
-    rows = rows[: a.medium_step]
-    with np.load(tmp_path / f"data/{TASKS[0]}-medium-replay.npz") as data:
-        names = "observations", "actions", "rewards", "next_observations", "physics"
-        for part, name in enumerate(names):
-            np.testing.assert_allclose(data[name], torch.stack([row[part] for row in rows]).numpy(), atol=1e-5)
+        assert checkpoint["level"] == level and checkpoint["step"] == step
+        assert checkpoint["returns"][task] == pytest.approx(plain_returns(weights, task), abs=1e-3)
+    names = ["observations", "actions", "rewards", "next_observations", "physics"]
+    with np.load(tmp_path / f"data/{task}-medium-replay.npz") as data:
+        for name, column in zip(
+            names, zip(*transitions[: a.medium_step], strict=True), strict=True
+        ):
+            np.testing.assert_allclose(data[name], torch.stack(column), atol=1e-5)
         assert np.flatnonzero(data["timeouts"]).tolist() == list(range(19, a.medium_step, 20))
 
 
 def test_td3_datasets_are_rollouts_of_their_policy(world, tmp_path):
     """Deterministic, from initial states of a stream of their own."""
-    world(td3, "--task", TASKS[0], *flags(FILES | TD3), "--run-dir", "run")
+    task = TASKS[0]
+    world(td3, "--task", task, *flags(RUN | TD3))
     starts = {}
     for level in ("medium", "expert"):
-        weights = load(tmp_path / f"checkpoints/{TASKS[0]}-{level}-behavior.pt")["actor"]
-        with np.load(tmp_path / f"data/{TASKS[0]}-{level}.npz") as data:
-            arrays = {name: data[name] for name in data.files}
-        expected = policy(weights, torch.from_numpy(arrays["observations"])).detach().numpy()
+        weights = load(tmp_path / f"checkpoints/{task}-{level}-behavior.pt")["actor"]
+        with np.load(tmp_path / f"data/{task}-{level}.npz") as data:
+            arrays = dict(data)
+        expected = policy(weights, torch.from_numpy(arrays["observations"]))
         np.testing.assert_allclose(arrays["actions"], expected, atol=1e-6)
         starts[level] = arrays["observations"][::20]
-        generator = np.random.default_rng([1, seed_of(f"{TASKS[0]} {level} online")])
-        for obs, seed in zip(starts[level], generator.integers(2**31, size=3), strict=True):
-            env = World(TASKS[0])
+        rng = np.random.default_rng([1, seed_of(f"{task} {level} online")])
+        for obs, seed in zip(starts[level], rng.integers(2**31, size=3), strict=True):
+            env = World(task)
             env.random.seed(int(seed))
-            np.testing.assert_array_equal(obs, env.start().astype(np.float32))
-        assert np.flatnonzero(arrays["timeouts"]).tolist() == [19, 39, 49] and len(arrays["rewards"]) == 50
-        np.testing.assert_allclose(arrays["rewards"], relabelled(arrays, TASKS[0])["rewards"], atol=1e-6)
+            np.testing.assert_array_equal(obs, observed(env.reset()))
+        assert np.flatnonzero(arrays["timeouts"]).tolist() == [19, 39, 49]
+        assert len(arrays["rewards"]) == 50
+        np.testing.assert_allclose(arrays["rewards"], rewards_of(task, arrays), atol=1e-6)
     assert not np.isin(starts["medium"], starts["expert"]).any()
 
 
-def test_warm_up_and_exploration_noise_in_the_stored_data(world, tmp_path):
-    """medium-replay: uniform actions for --learning-starts steps, then the policy's with N(0, --exploration-noise)."""
-    settings = FILES | {"total_timesteps": 1600, "medium_step": 1600, "eval_every": 1600, "learning_starts": 812}
-    settings |= {"exploration_noise": 0.08, "learning_rate": 1e-9, "batch_size": 1, "hidden": 8}
-    world(td3, "--task", TASKS[0], *flags(settings), "--datasets", "medium-replay", "--run-dir", "run")
-    weights = load(tmp_path / f"checkpoints/{TASKS[0]}-expert-behavior.pt")["actor"]
-    with np.load(tmp_path / f"data/{TASKS[0]}-medium-replay.npz") as data:
-        actions, obs = data["actions"], torch.from_numpy(data["observations"])
-    residual = actions - policy(weights, obs).detach().numpy()
-    inside = (np.abs(residual) < 0.08 * 5).all(axis=1)
-    assert inside[812:].all() and not inside[811] and inside[:812].mean() < 0.3
-    assert kstest(actions[:812].ravel(), "uniform", (-1, 2)).pvalue > 0.01
-    assert kstest(residual[812:].ravel() / 0.08, "norm").pvalue > 0.01
-    assert np.abs(np.corrcoef(residual[812:].T)[0, 1]) < 0.1  # a number per action
-
-
-# ---------------------------------------------------------------------------------------------------------------- PBRL
-LOOP = {"gamma": 0.9, "tau": 0.1, "actor_tau": 0.25, "policy_noise": 0.4, "noise_clip": 0.3, "policy_frequency": 3}
-LOOP |= {"num_critics": 3, "num_ood": 2, "ood_noise": 0.4, "beta_in": 0.5, "beta_ood": 2.0, "beta_ood_min": 0.5}
-LOOP |= {"beta_ood_decay": 0.7}
-TEACHER = {"gradient_steps": 8, "learning_rate": 3e-3, "batch_size": 16, "hidden": 8}
+# ---------------------------------------------------------------------------------------- PBRL
 LOG_STD = {"gaussian": (-5.0, 0.0), "gaussian-tanh": (-1.0, 1.0)}
 
 
-def plain_pbrl(tables, seed, a, bounds=None, naive=False):
-    """(weights of all networks, last metrics, generator) after a.gradient_steps updates on a list of datasets."""
+def plain_pbrl(arrays, seed, a, bounds=None):
+    """a.gradient_steps updates on a dataset -> weights of all networks, last metrics."""
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    sizes = 3 + naive, 4 if bounds else 2, a.hidden
-    actor, _ = make_policy(*sizes), make_policy(*sizes)  # the target's are drawn, then replaced
-    critics = [make_critics(a.num_critics, 3, 2, a.hidden) for _ in tables]
-    target_actor, target_critics = copied(actor), [copied(c) for c in critics]
-    actor_adam, critic_adams = Adam(actor, a.learning_rate), [Adam(c, a.learning_rate) for c in critics]
-    clip, metrics = a.noise_clip, {}
+    actor = make_policy(3, 4 if bounds else 2, a.hidden)
+    critics = make_critics(a.num_critics, a.hidden)
+    target_actor = copied(actor)
+    target_critics = copied(critics)
+    actor_adam = Adam(actor, a.learning_rate)
+    critic_adam = Adam(critics, a.learning_rate)
 
-    def act(weights, obs, i):
-        out = policy(weights, torch.cat([obs, torch.full((len(obs), 1), float(i))], dim=1) if naive else obs)
+    def act(weights, obs):
+        out = policy(weights, obs)
         if bounds is None:
             return out
-        std = (bounds[0] + (bounds[1] - bounds[0]) * (out[:, 2:] + 1) / 2).exp()
-        return (out[:, :2] + std * torch.randn(len(obs), 2, generator=generator)).clamp(-1, 1)
+        low, high = bounds
+        std = (low + (high - low) * (out[:, 2:] + 1) / 2).exp()
+        return (out[:, :2] + std * torch.randn(len(obs), 2)).clamp(-1, 1)
 
-    for step in range(a.gradient_steps):
+    def near(action, std):
+        noise = (std * torch.randn(len(action), 2)).clamp(-a.noise_clip, a.noise_clip)
+        return (action + noise).clamp(-1, 1)
+
+    for step in range(1, a.gradient_steps + 1):
         beta_ood = max(a.beta_ood * a.beta_ood_decay**step, a.beta_ood_min)
-        for i, table in enumerate(tables):
-            index = torch.randint(len(table["rewards"]), (a.batch_size,), generator=generator).numpy()
-            names = "observations", "actions", "rewards", "next_observations", "terminals"
-            s, b, r, s2, end = (torch.from_numpy(table[name][index]).float() for name in names)
-            noise = torch.randn(a.batch_size, 2, generator=generator)
-            ood_noise = torch.randn(a.num_ood, 2 * a.batch_size, 2, generator=generator)
-            with torch.no_grad():
-                b2 = (act(target_actor, s2, i) + (a.policy_noise * noise).clamp(-clip, clip)).clamp(-1, 1)
-                q2 = values(target_critics[i], s2, b2)
-                y = r + a.gamma * (1 - end) * (q2 - a.beta_in * q2.std(dim=0))
-                states = torch.cat([s, s2])
-                centre = act(actor, states, i)
-                oods = [(centre + (a.ood_noise * eps).clamp(-clip, clip)).clamp(-1, 1) for eps in ood_noise]
-            q = values(critics[i], s, b)
-            ood_q = torch.cat([values(critics[i], states, ood) for ood in oods], dim=1)
-            u = ood_q.std(dim=0).detach()
-            ood_y = (ood_q.detach() - beta_ood * u).clamp(min=0)
-            in_loss = sum(((q[k] - y[k]) ** 2).mean() for k in range(a.num_critics))
-            ood_loss = sum(((ood_q[k] - ood_y[k]) ** 2).mean() for k in range(a.num_critics))
-            critic_adams[i].minimise(in_loss + ood_loss)
-            found = {"value/q_data": q.mean(), "value/q_ood": ood_q.mean(), "uncertainty/data": q.std(dim=0).mean()}
-            found |= {"uncertainty/ood": u.mean(), "loss/in_distribution": in_loss, "loss/ood": ood_loss}
-            metrics |= {f"{k}/{TASKS[i]}" if naive else k: v.item() for k, v in found.items()}
-            if step % a.policy_frequency == 0:
-                mine = act(actor, s, i)
-                q = values(critics[i], s, mine).min(dim=0).values
-                loss = -q.mean()
-                if a.bc_coef:
-                    clone = ((mine - b) ** 2).sum(dim=1).mean()
-                    loss = loss / q.abs().mean().item() + a.bc_coef * clone
-                actor_adam.minimise(loss)
-            follow(target_critics[i], critics[i], a.tau)
+        index = torch.randint(len(arrays["rewards"]), (a.batch_size,)).numpy()
+        s = torch.from_numpy(arrays["observations"][index])
+        b = torch.from_numpy(arrays["actions"][index])
+        r = torch.from_numpy(arrays["rewards"][index])
+        s2 = torch.from_numpy(arrays["next_observations"][index])
+        not_done = torch.from_numpy(1.0 - arrays["terminals"][index]).float()
+        with torch.no_grad():
+            q2 = values(target_critics, s2, near(act(target_actor, s2), a.policy_noise))
+            y = r + a.gamma * not_done * (q2 - a.beta_in * q2.std(dim=0))
+            states = torch.cat([s, s2])
+            centre = act(actor, states)
+            ood_actions = [near(centre, a.ood_noise) for _ in range(a.num_ood)]
+        q = values(critics, s, b)
+        ood_q = torch.cat([values(critics, states, ood) for ood in ood_actions], dim=1)
+        u = ood_q.std(dim=0).detach()
+        ood_y = (ood_q.detach() - beta_ood * u).clamp(min=0)
+        in_loss = sum(((q[k] - y[k]) ** 2).mean() for k in range(a.num_critics))
+        ood_loss = sum(((ood_q[k] - ood_y[k]) ** 2).mean() for k in range(a.num_critics))
+        critic_adam.minimise(in_loss + ood_loss)
+        if step % a.policy_frequency == 0:
+            action = act(actor, s)
+            lowest = values(critics, s, action).min(dim=0).values
+            loss = -lowest.mean()
+            if a.bc_coef:
+                cloning = ((action - b) ** 2).sum(dim=1).mean()
+                loss = loss / lowest.abs().mean().item() + a.bc_coef * cloning
+            actor_adam.minimise(loss)
+        follow(target_critics, critics, a.tau)
         follow(target_actor, actor, a.actor_tau)
-    networks = {"actor": actor, "target_actor": target_actor}
-    for i in range(len(tables)):
-        end = f"_{i}" if naive else ""
-        networks |= {f"critics{end}": critics[i], f"target_critics{end}": target_critics[i]}
-    return networks, metrics | {"beta_ood": beta_ood}, generator
+    networks = {
+        "actor": actor,
+        "critics": critics,
+        "target_actor": target_actor,
+        "target_critics": target_critics,
+    }
+    metrics = {
+        "loss/in_distribution": in_loss.item(),
+        "loss/ood": ood_loss.item(),
+        "value/q_data": q.mean().item(),
+        "value/q_ood": ood_q.mean().item(),
+        "uncertainty/data": q.std(dim=0).mean().item(),
+        "uncertainty/ood": u.mean().item(),
+        "beta_ood": beta_ood,
+    }
+    return networks, metrics
 
 
-KINDS = ["deterministic", "gaussian", "gaussian-tanh", "bc", "common", "naive", "naive gaussian"]
+def run_pbrl(world, folder, task, arrays, settings, *options) -> dict:
+    """mop_pbrl_teacher.py on a dataset -> its checkpoint."""
+    path = write_dataset(folder / "data.npz", task, arrays)
+    files = ["--data", path, "--output", folder / "out.pt", "--run-dir", folder / "run"]
+    world(pbrl, "--task", task, *flags(settings), *files, *options)
+    return load(folder / "out.pt")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_pbrl_equals_a_plain_loop(world, tmp_path, monkeypatch, kind):
-    naive, actor = kind.startswith("naive"), kind.removeprefix("naive ")
-    tasks, bounds = TASKS[: 1 + naive], LOG_STD.get(actor)
-    tables = [made_up(50 + 30 * i, seed=i) for i in range(len(tasks))]
-    paths = [write_dataset(tmp_path / f"{i}.npz", task, tables[i]) for i, task in enumerate(tasks)]
-    settings = FILES | LOOP | TEACHER | {"bc_coef": 0.7 if kind == "bc" else 0, "seed": 3, "eval_every": 5}
-    logged = recorded(monkeypatch, pbrl)
-    options = ["--tasks" if naive else "--task", *tasks, "--data", *paths, "--run-dir", "run", "--output", "out.pt"]
-    options += ["--actor", actor] if bounds else ["--common-seed"] if kind == "common" else []
-    world(pbrl, *options, *flags(settings))
-    name = "+".join(tasks)
-    seed = 3 if kind == "common" else seed_of(f"3 teacher {name} from {name}")
-    networks, metrics, generator = plain_pbrl(tables, seed, SimpleNamespace(**settings), bounds, naive)
-    point, checkpoint = load(tmp_path / "run/resume.pt"), load(tmp_path / "out.pt")
+@pytest.mark.parametrize("kind", ["deterministic", "gaussian", "gaussian-tanh", "cloning"])
+def test_pbrl_equals_a_plain_loop(world, tmp_path, kind):
+    task = TASKS[0]
+    bounds = LOG_STD.get(kind)
+    settings = RUN | PBRL | SMALL | {"seed": 3, "eval_every": 5}
+    settings["bc_coef"] = 0.7 if kind == "cloning" else 0.0
+    options = ["--actor", kind] if bounds else []
+    checkpoint = run_pbrl(world, tmp_path, task, made_up(50), settings, *options)
+    seed = seed_of(f"3 teacher {task} from {task}")
+    networks, metrics = plain_pbrl(made_up(50), seed, SimpleNamespace(**settings), bounds)
+    resume_point = load(tmp_path / "run/resume.pt")
     for name, weights in networks.items():
-        assert_close(point[name], weights)
+        assert_close(resume_point[name], weights)
+    assert torch.equal(resume_point["random_states"][0], torch.get_rng_state())
     assert_close(checkpoint["actor"], networks["actor"])
-    for i, found in enumerate(checkpoint["critics"] if naive else [checkpoint["critics"]]):
-        assert_close(found, networks[f"critics_{i}" if naive else "critics"])
-    assert torch.equal(point["generator"], generator.get_state())
-    assert [step for step, _ in logged] == [5, 8]
-    for key, value in metrics.items():
-        assert logged[-1][1][key] == pytest.approx(value, abs=2e-5), key
-    for i, task in enumerate(tasks):
-        with_id = lambda obs, i=i: torch.cat([obs, torch.full((len(obs), 1), float(i))], dim=1) if naive else obs  # noqa: E731
-        expected = plain_returns(lambda obs, f=with_id: policy(checkpoint["actor"], f(obs)), task, 3)
-        assert checkpoint["returns"][task] == pytest.approx(expected, abs=1e-4)
+    assert_close(checkpoint["critics"], networks["critics"])
+    by_step = losses_by_step(tmp_path / "run")
+    assert list(by_step) == [5, 8]
+    assert by_step[8] == pytest.approx(metrics, abs=2e-5)
+    expected = plain_returns(networks["actor"], task)
+    assert checkpoint["returns"][task] == pytest.approx(expected, abs=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------- distillation
-SMALL = {"gradient_steps": 8, "learning_rate": 3e-3, "batch_size": 16, "hidden": 8}
+# -------------------------------------------------------------------------------- distillation
+def coded(obs, code):
+    return torch.cat([obs, torch.tensor([code] * len(obs))], dim=1)
 
 
-def coded(obs, i, onehot=0):
-    """States with the task id as a number, or as flags."""
-    code = torch.nn.functional.one_hot(torch.full((len(obs),), i), onehot) if onehot else torch.full((len(obs), 1), i)
-    return torch.cat([obs, code.float()], dim=1)
+def plain_student(states, labels, codes, seed, a, loss):
+    """a.gradient_steps updates -> weights, last loss per task.
 
-
-def plain_student(parts, seed, a, loss, out_dim=2):
-    """(weights, last loss per task, generator) of a student; parts: per task its rows x and the teacher's labels."""
+    loss(student, i, obs, label): of every row of a batch of task i.
+    """
     torch.manual_seed(seed_of(f"{seed} student"))
-    generator = torch.Generator().manual_seed(seed_of(f"{seed} student"))
-    student = make_policy(parts[0][0].shape[1], out_dim, a.hidden)
-    adam, first = Adam(student, a.learning_rate), np.cumsum([0] + [len(x) for x, _ in parts]).tolist()
+    student = make_policy(3 + len(codes[0]), labels[0].shape[1], a.hidden)
+    adam = Adam(student, a.learning_rate)
     for _ in range(a.gradient_steps):
-        shape, by_task = (a.batch_size,), []
-        for i, (x, label) in enumerate(parts):
-            index = torch.randint(first[i], first[i + 1], shape, generator=generator) - first[i]
-            by_task.append(loss(student, i, x[index], label[index]).mean())
-        adam.minimise(sum(by_task) / len(parts))
-    return student, [value.item() for value in by_task], generator
+        losses = []
+        for i, label in enumerate(labels):
+            index = torch.randint(len(states[i]), (a.batch_size,))
+            losses.append(loss(student, i, states[i][index], label[index]).mean())
+        adam.minimise(sum(losses) / len(losses))
+    return student, [value.item() for value in losses]
 
 
-def squared_error(student, i, x, label):
+def squared_error(student, x, label):
     return ((policy(student, x) - label) ** 2).sum(dim=1)
 
 
-def ndcg(x, y):
-    """Of one state: the scores y in the order of x, over those in their own order."""
-    ranks = [1 / np.log2(place + 2) for place in range(len(x))]
-    in_order = sum(y[j] * rank for j, rank in zip(x.argsort(descending=True, stable=True), ranks, strict=True))
-    return -in_order / sum(value * rank for value, rank in zip(y.sort(descending=True).values, ranks, strict=True))
+def normal(out):
+    return torch.distributions.Normal(out[:, :2], (-5 + 2.5 * (out[:, 2:] + 1)).exp())
 
 
-@pytest.mark.parametrize("kind", ["mse", "q", "kl", "ndcg", "pairwise", "listwise", "onehot"])
-def test_distillation_equals_a_plain_loop(world, tmp_path, monkeypatch, kind):
-    tasks = (*TASKS, "toy-out")[: 3 if kind == "onehot" else 2]
-    m, bounds = len(tasks), (-5.0, 0.0) if kind == "kl" else None
-    obs = [made_up(40 + 30 * i, seed=i)["observations"] for i in range(m)]
-    data = [write_dataset(tmp_path / f"{i}.npz", t, made_up(40 + 30 * i, seed=i)) for i, t in enumerate(tasks)]
-    sizes = {"obs_dim": 3, "action_dim": 2, "log_std": bounds}
-    paths = [write_teacher(tmp_path / f"{i}.pt", t, seed=i, **sizes) for i, t in enumerate(tasks)]
-    settings = FILES | SMALL | {"seed": 4, "reg_lambda": 0.3, "eval_every": 1000}
-    options = ["--loss", kind] if kind in ("q", "kl") else []
-    options += ["--regularizer", kind] if kind in ("ndcg", "pairwise", "listwise") else []
-    options += ["--task-encoding", "onehot"] if kind == "onehot" else []
-    logged = recorded(monkeypatch, distill)
-    options += ["--tasks", *tasks, "--data", *data, "--teachers", *paths, "--run-dir", "run"]
-    world(distill, *options, *flags(settings))
-
-    teachers, onehot = [load(path) for path in paths], m if kind == "onehot" else 0
-    rows = [torch.from_numpy(part) for part in obs]
-    parts = [(coded(s, i, onehot), policy(teachers[i]["actor"], s)) for i, s in enumerate(rows)]
-
-    def normal(out):
-        return torch.distributions.Normal(out[:, :2], (-5 + 2.5 * (out[:, 2:] + 1)).exp())
-
-    def ranked(x, y):
-        if kind == "ndcg":
-            return torch.stack([ndcg(*pair) for pair in zip(x, y, strict=True)])
-        if kind == "listwise":
-            return -(y.exp() / y.exp().sum(1, keepdim=True) * (x - x.exp().sum(1, keepdim=True).log())).sum(1)
-        pairs = [(j, k) for j in range(8) for k in range(8)]
-        return sum(torch.log(1 + torch.exp(-(x[:, j] - x[:, k]) * (y[:, j] - y[:, k]))) for j, k in pairs)
-
-    def loss(student, i, x, label):
-        if kind == "q":
-            return -values(teachers[i]["critics"], x[:, :3], policy(student, x)).min(dim=0).values
-        if kind == "kl":
-            return torch.distributions.kl_divergence(normal(policy(student, x)), normal(label)).sum(dim=1)
-        if kind in ("mse", "onehot"):
-            return squared_error(student, i, x, label)
-        own, other = layers_of(student, x)[:2], layers_of(student, coded(x[:, :3], 1 - i))[:2]
-        rank_loss = sum(ranked(a, b) for a, b in zip(own, other, strict=True))
-        return squared_error(student, i, x, label) + 0.3 * rank_loss
-
-    student, by_task, generator = plain_student(parts, 4, SimpleNamespace(**settings), loss, 4 if bounds else 2)
-    point, checkpoint = load(tmp_path / "run/resume.pt"), load(tmp_path / "run/student.pt")
-    assert_close(point["student"], student)
-    assert_close(checkpoint["actor"], student)
-    assert torch.equal(point["generator"], generator.get_state())
-    assert logged[-1][0] == 8 and logged[-1][1]["loss/total"] == pytest.approx(np.mean(by_task), abs=2e-5)
-    if "--regularizer" not in options:
-        for task, value in zip(tasks, by_task, strict=True):
-            name = f"loss/{kind if kind in ('q', 'kl') else 'mse'}/{task}"
-            assert logged[-1][1][name] == pytest.approx(value, abs=2e-5)
-    for i, task in enumerate(tasks):
-        expected = plain_returns(lambda obs, i=i: policy(student, coded(obs, i, onehot)), task, 3)
-        assert checkpoint["returns"][task] == pytest.approx(expected, abs=1e-4)
+def plain_ranking(name, x, y):
+    """The ranking loss of every row, as the thesis writes it."""
+    n = x.shape[1]
+    losses = []
+    for row_x, row_y in zip(x, y, strict=True):
+        total = 0.0
+        if name == "ndcg":
+            order = row_x.argsort(descending=True, stable=True)
+            best = row_y.sort(descending=True).values
+            ideal = 0.0
+            for rank in range(n):
+                total = total - row_y[order[rank]] / np.log2(rank + 2)
+                ideal = ideal + best[rank] / np.log2(rank + 2)
+            total = total / ideal
+        elif name == "listwise":
+            p = row_x.exp() / row_x.exp().sum()
+            q = row_y.exp() / row_y.exp().sum()
+            total = -(q * p.log()).sum()
+        else:
+            for j in range(n):
+                product = (row_x[j] - row_x) * (row_y[j] - row_y)
+                total = total + torch.log(1 + torch.exp(-product)).sum()
+        losses.append(total)
+    return torch.stack(losses)
 
 
-# ------------------------------------------------------------------------------------------- data sharing and Q-switch
-BOTH = {f"teacher_{name.replace('gradient_', '')}": value for name, value in TEACHER.items()}
+CASES = {
+    "mse": [],
+    "q": ["--loss", "q"],
+    "kl": ["--loss", "kl"],
+    "ndcg": ["--regularizer", "ndcg"],
+    "pairwise": ["--regularizer", "pairwise"],
+    "listwise": ["--regularizer", "listwise", "--task-encoding", "onehot"],
+}
 
 
-def write_both(folder, tasks=TASKS):
-    """Datasets of unequal sizes, whose states tell them apart; returns the arrays."""
-    tables = [relabelled(made_up(50 + 30 * i, seed=i), task) for i, task in enumerate(tasks)]
-    for i, table in enumerate(tables):
-        table["observations"][:, 0] = np.abs(table["observations"][:, 0]) + 10 * i
-        write_dataset(folder / f"data/{tasks[i]}-medium.npz", tasks[i], table)
-    return tables
-
-
-def trained(module, tasks=TASKS):
-    """The options of a run that trains every teacher itself."""
-    return ["--tasks", *tasks, *(["--teachers", *["train"] * len(tasks)] if module is oqs else []), "--run-dir", "run"]
-
-
-def teacher_files(module, tasks=TASKS):
-    """{(task, sources): checkpoint}, in the order of training."""
-    if module is ds:
-        return {(i, (0, 1)): f"checkpoints/{task}-medium-ds-teacher.pt" for i, task in enumerate(tasks)}
-    pairs = [(i, j) for i in range(len(tasks)) for j in range(len(tasks))]
-    return {(i, (j,)): f"checkpoints/{tasks[i]}-from-{tasks[j]}-medium-teacher.pt" for i, j in pairs}
-
-
-def relabelled_union(tables, i, sources):
-    return union(*(tables[j] if j == i else relabelled(tables[j], TASKS[i]) for j in sources))
-
-
-def switched(teachers, obs):
-    """Per state the action of the teacher with the highest min_k Q of its own action."""
-    actions = [policy(t["actor"], obs) for t in teachers]
-    worth = [values(t["critics"], obs, a).min(dim=0).values.tolist() for t, a in zip(teachers, actions, strict=True)]
-    best = [max(range(len(teachers)), key=lambda j: worth[j][row]) for row in range(len(obs))]
-    return torch.stack([actions[j][row] for row, j in enumerate(best)])
-
-
-@pytest.mark.parametrize("module", [ds, oqs])
-def test_teachers_and_student_equal_plain_loops(world, tmp_path, monkeypatch, module):
-    """Data sharing and Q-switch: every teacher on its relabelled data, then the student on the union of the states."""
-    tables = write_both(tmp_path)
-    settings = FILES | LOOP | BOTH | SMALL | {"seed": 6, "eval_every": 5, "bc_coef": 0.7}
-    logged = recorded(monkeypatch, module)
-    world(module, *trained(module), *flags(settings))
-    a = SimpleNamespace(**settings | TEACHER)
+@pytest.mark.parametrize("case", CASES)
+def test_distillation_equals_a_plain_loop(world, tmp_path, case):
+    tasks = TASKS
+    codes = [(0.0,), (1.0,)]
+    if case == "listwise":
+        tasks = ("toy-up", "toy-down", "toy-out")
+        codes = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)]
+    data = []
+    paths = []
     teachers = []
-    for (i, sources), path in teacher_files(module).items():
-        names = "+".join(sorted(TASKS[j] for j in sources))
-        seed = seed_of(f"6 teacher {TASKS[i]} from {names}")
-        networks, metrics, _ = plain_pbrl([relabelled_union(tables, i, sources)], seed, a)
-        teachers.append(load(tmp_path / path))
-        assert_close(teachers[-1]["actor"], networks["actor"])
-        assert_close(teachers[-1]["critics"], networks["critics"])
-        assert teachers[-1]["step"] == 8 and teachers[-1]["data_tasks"] == [TASKS[j] for j in sources]
-        label = "teacher" if module is ds else f"from {TASKS[sources[0]]}"
-        prefix = f"{TASKS[i]} {label}/"
-        (found,) = (found for step, found in logged if step == 8 and any(key.startswith(prefix) for key in found))
-        for key, value in metrics.items():
-            assert found[prefix + key] == pytest.approx(value, abs=2e-5), key
-        expected = plain_returns(lambda obs, w=teachers[-1]["actor"]: policy(w, obs), TASKS[i], 3)
-        assert teachers[-1]["returns"][TASKS[i]] == pytest.approx(expected, abs=1e-4)
+    states = []
+    labels = []
+    for i, task in enumerate(tasks):
+        arrays = made_up(40 + 30 * i, seed=i)
+        data.append(write_dataset(tmp_path / f"{i}.npz", task, arrays))
+        log_std = (-5.0, 0.0) if case == "kl" else None
+        paths.append(write_teacher(tmp_path / f"{i}.pt", task, "teacher", 3, 2, 8, i, log_std))
+        teachers.append(load(paths[i]))
+        states.append(torch.from_numpy(arrays["observations"]))
+        labels.append(policy(teachers[i]["actor"], states[i]))
+    settings = RUN | SMALL | {"seed": 4, "reg_lambda": 0.3, "eval_every": 5}
+    files = ["--tasks", *tasks, "--data", *data, "--teachers", *paths]
+    world(distill, *files, *CASES[case], *flags(settings))
 
-    obs = torch.cat([torch.from_numpy(table["observations"]) for table in tables])
-    groups = [[t] for t in teachers] if module is ds else [teachers[:2], teachers[2:]]
-    parts = [(coded(obs, i), switched(group, obs)) for i, group in enumerate(groups)]
-    student, by_task, generator = plain_student(parts, 6, SimpleNamespace(**settings), squared_error)
-    point, checkpoint = load(tmp_path / "run/resume.pt"), load(tmp_path / "run/student.pt")
-    assert_close(point["student"], student)
+    def loss(student, i, obs, label):
+        x = coded(obs, codes[i])
+        if case == "q":
+            return -values(teachers[i]["critics"], obs, policy(student, x)).min(dim=0).values
+        if case == "kl":
+            student_normal = normal(policy(student, x))
+            return torch.distributions.kl_divergence(student_normal, normal(label)).sum(dim=1)
+        total = squared_error(student, x, label)
+        for j in range(len(tasks)):
+            if case != "mse" and j != i:
+                own = layers_of(student, x)
+                other = layers_of(student, coded(obs, codes[j]))
+                ranking = plain_ranking(case, own[0], other[0])
+                ranking = ranking + plain_ranking(case, own[1], other[1])
+                total = total + 0.3 * ranking / (len(tasks) - 1)
+        return total
+
+    a = SimpleNamespace(**settings)
+    student, losses = plain_student(states, labels, codes, 4, a, loss)
+    resume_point = load(tmp_path / "run/resume.pt")
+    checkpoint = load(tmp_path / "run/student.pt")
+    assert_close(resume_point["student"], student)
     assert_close(checkpoint["actor"], student)
-    assert torch.equal(point["generator"], generator.get_state())
-    for i, task in enumerate(TASKS):
-        assert logged[-1][1][f"loss/mse/{task}"] == pytest.approx(by_task[i], abs=2e-5)
-        expected = plain_returns(lambda obs, i=i: policy(student, coded(obs, i)), task, 3)
+    assert torch.equal(resume_point["random_states"][0], torch.get_rng_state())
+    by_step = losses_by_step(tmp_path / "run")
+    assert list(by_step) == [5, 8]
+    assert by_step[8]["loss/total"] == pytest.approx(np.mean(losses), abs=2e-5)
+    for i, task in enumerate(tasks):
+        logged = 0.0
+        for name, value in by_step[8].items():
+            if name.startswith((f"loss/mse/{task}", f"loss/q/{task}", f"loss/kl/{task}")):
+                logged += value
+            elif f"/{task}/" in name:
+                logged += 0.3 * value / (len(tasks) - 1)
+        assert logged == pytest.approx(losses[i], abs=2e-5)
+        expected = plain_returns(student, task, codes[i])
         assert checkpoint["returns"][task] == pytest.approx(expected, abs=1e-4)
 
 
+# ------------------------------------------------------------------ data sharing and Q-switch
+def write_data(folder, tasks=TASKS) -> dict:
+    """A dataset per task, each of another size -> {task: arrays}."""
+    datasets = {}
+    for task in tasks:
+        i = list(SLOPES).index(task)
+        datasets[task] = made_up(50 + 30 * i, seed=i)
+        datasets[task]["rewards"] = rewards_of(task, datasets[task])
+        write_dataset(folder / f"data/{task}-medium.npz", task, datasets[task])
+    return datasets
+
+
+def union(datasets, task, sources) -> dict:
+    """The data of the sources with the rewards of a task."""
+    parts = []
+    for source in sources:
+        parts.append(datasets[source] | {"rewards": rewards_of(task, datasets[source])})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def run_extension(world, module, settings, *options, tasks=TASKS) -> dict:
+    """A run that trains all teachers -> {(task, sources of its data): checkpoint}."""
+    if module is oqs:
+        options = [*options, "--teachers", *["train"] * len(tasks)]
+    world(module, "--tasks", *tasks, *flags(settings), *options)
+    teachers = {}
+    for task in tasks:
+        if module is ds:
+            teachers[task, tasks] = load(f"checkpoints/{task}-medium-ds-teacher.pt")
+        else:
+            for source in tasks:
+                path = f"checkpoints/{task}-from-{source}-medium-teacher.pt"
+                teachers[task, (source,)] = load(path)
+    return teachers
+
+
+def best_action(teachers, state):
+    """The action of the teacher that values its own action most, state by state."""
+    actions = [policy(teacher["actor"], state[None]) for teacher in teachers]
+    lowest = []
+    for teacher, action in zip(teachers, actions, strict=True):
+        lowest.append(values(teacher["critics"], state[None], action).min().item())
+    return actions[lowest.index(max(lowest))][0]
+
+
 @pytest.mark.parametrize("module", [ds, oqs])
-def test_the_student_sees_the_states_of_every_dataset(world, tmp_path, monkeypatch, module):
-    """Under every task id, each dataset's share of the batches is its share of the union."""
-    tables, seen, mse_loss = write_both(tmp_path), [], module.mse_loss
-    monkeypatch.setattr(module, "mse_loss", lambda student, x, a: (seen.append(x), mse_loss(student, x, a))[1])
-    sizes = {"gradient_steps": 40, "batch_size": 64, "hidden": 8, "teacher_steps": 1, "teacher_hidden": 8}
-    world(module, *trained(module), *flags(FILES | sizes))
-    rows = torch.cat(seen)
-    union = torch.cat([torch.from_numpy(table["observations"]) for table in tables])
-    for i in range(2):
-        states = rows[rows[:, 3] == i][:, :3]
-        assert len(states) == 40 * 64 and len(states.unique(dim=0)) == len(union)  # every state of the union, no other
-        assert set(map(tuple, states.tolist())) == set(map(tuple, union.tolist()))
-        assert (states[:, 0] > 9).float().mean() == pytest.approx(80 / 130, abs=0.05)  # 5 standard errors
+def test_teachers_and_student_equal_plain_loops(world, tmp_path, module):
+    datasets = write_data(tmp_path)
+    settings = RUN | PBRL | TEACHERS | SMALL | {"seed": 6, "eval_every": 5, "bc_coef": 0.7}
+    teachers = run_extension(world, module, settings)
+    random_state = torch.get_rng_state()
+    a = SimpleNamespace(**settings)
+    by_step = losses_by_step(tmp_path / "run")
+    assert list(by_step) == [5, 8]
+    for (task, sources), teacher in teachers.items():
+        seed = seed_of(f"6 teacher {task} from {'+'.join(sorted(sources))}")
+        networks, metrics = plain_pbrl(union(datasets, task, sources), seed, a)
+        assert_close(teacher["actor"], networks["actor"])
+        assert_close(teacher["critics"], networks["critics"])
+        assert teacher["step"] == 8 and teacher["data_tasks"] == list(sources)
+        label = "teacher" if module is ds else f"from {sources[0]}"
+        for name, value in metrics.items():
+            assert by_step[8][f"{task} {label}/{name}"] == pytest.approx(value, abs=2e-5), name
+        expected = plain_returns(teacher["actor"], task)
+        assert teacher["returns"][task] == pytest.approx(expected, abs=1e-4)
 
-
-def run_pbrl(world, tmp_path, task, arrays, name, *options, settings):
-    path = write_dataset(tmp_path / f"{name}.npz", task, arrays)
-    files = ["--data", path, "--output", f"{name}.pt", "--run-dir", name]
-    world(pbrl, "--task", task, *files, *options, *flags(settings))
-    return load(tmp_path / f"{name}.pt")
-
-
-@pytest.mark.parametrize("module", [ds, oqs])
-def test_train_teacher_is_mop_pbrl_teacher_bit_for_bit(world, tmp_path, module):
-    tables = write_both(tmp_path)
-    world(module, *trained(module), "--common-seed", *flags(FILES | LOOP | BOTH | SMALL))
-    for (i, sources), path in teacher_files(module).items():
-        arrays = relabelled_union(tables, i, sources)
-        options = FILES | LOOP | TEACHER
-        other = run_pbrl(world, tmp_path, TASKS[i], arrays, f"{i}{sources}", "--common-seed", settings=options)
-        for part in ("actor", "critics"):
-            assert_equal(load(tmp_path / path)[part], other[part])
-
-
-# -------------------------------------------------------------------------------------------------------------- streams
-START = {"num_critics": 2, "num_ood": 1}
-START |= {"gradient_steps": 1, "learning_rate": 1e-12, "batch_size": 4, "hidden": 8}
-START_BOTH = START | {"teacher_steps": 1, "teacher_learning_rate": 1e-12, "teacher_batch_size": 4, "teacher_hidden": 8}
-
-
-def streams(world, tmp_path, *options):
-    """Of both tasks' teachers: initial weights, state of the generator, after one update on the same data."""
-    found = []
+    states = torch.cat([torch.from_numpy(data["observations"]) for data in datasets.values()])
+    labels = []
     for task in TASKS:
-        name = f"{task}{len(list(tmp_path.iterdir()))}"
-        checkpoint = run_pbrl(world, tmp_path, task, made_up(50), name, *options, settings=FILES | START)
-        found.append((checkpoint["actor"], checkpoint["critics"], load(tmp_path / name / "resume.pt")["generator"]))
-    return found
+        candidates = [teacher for key, teacher in teachers.items() if key[0] == task]
+        labels.append(torch.stack([best_action(candidates, state) for state in states]))
+    codes = [(0.0,), (1.0,)]
+
+    def loss(student, i, obs, label):
+        return squared_error(student, coded(obs, codes[i]), label)
+
+    student, losses = plain_student([states, states], labels, codes, 6, a, loss)
+    assert torch.equal(random_state, torch.get_rng_state())
+    checkpoint = load("run/student.pt")
+    assert_close(checkpoint["actor"], student)
+    assert by_step[8]["loss/total"] == pytest.approx(np.mean(losses), abs=2e-5)
+    for i, task in enumerate(TASKS):
+        assert by_step[8][f"loss/mse/{task}"] == pytest.approx(losses[i], abs=2e-5)
+        expected = plain_returns(student, task, codes[i])
+        assert checkpoint["returns"][task] == pytest.approx(expected, abs=1e-4)
+
+
+def test_relabelled_rewards_are_read_by_the_other_script(world, tmp_path, monkeypatch):
+    """What mop_ds.py has computed mop_oqs.py does not compute again."""
+    write_data(tmp_path)
+    settings = RUN | START | START_TEACHERS
+    run_extension(world, ds, settings)
+    assert len(list((tmp_path / "data").glob("*.npy"))) == 2
+    asked = []
+    compute = oqs.compute_rewards
+
+    def record(task, physics, actions):
+        asked.append(task)
+        return compute(task, physics, actions)
+
+    monkeypatch.setattr(oqs, "compute_rewards", record)
+    run_extension(world, oqs, settings | {"run_dir": "other"})
+    assert asked == list(TASKS)  # each for its own rows, to see that its physics states fit
+
+
+# ------------------------------------------------------------------------------------- streams
 
 
 def distinct(a, b):
-    """No random weight is the same."""
-    return not any(np.isin(a[name].numpy(), b[name].numpy()).any() for name in a)
+    """No random weight of a is found in b."""
+    return not any(np.isin(a[name], b[name]).any() for name in a)
+
+
+def start_of(world, folder, task, *options):
+    """A teacher's weights and random state after one update that moves nothing."""
+    checkpoint = run_pbrl(world, folder, task, made_up(50), RUN | START, *options)
+    random_state = load(folder / "run/resume.pt")["random_states"][0]
+    return checkpoint["actor"], checkpoint["critics"], random_state
 
 
 def test_every_teacher_has_its_own_stream(world, tmp_path):
-    stand, walk = streams(world, tmp_path)
-    assert distinct(stand[0], walk[0]) and distinct(stand[1], walk[1]) and not torch.equal(stand[2], walk[2])
-    again, _ = streams(world, tmp_path, "--seed", 1)
-    assert_equal(again[0], stand[0])
-    other, _ = streams(world, tmp_path, "--seed", 2)
-    assert distinct(other[0], stand[0]) and not torch.equal(other[2], stand[2])
+    up = start_of(world, tmp_path / "up", "toy-up")
+    down = start_of(world, tmp_path / "down", "toy-down")
+    other_seed = start_of(world, tmp_path / "seed", "toy-up", "--seed", 2)
+    for other in (down, other_seed):
+        assert distinct(up[0], other[0]) and distinct(up[1], other[1])
+        assert not torch.equal(up[2], other[2])
+    again = start_of(world, tmp_path / "again", "toy-up", "--seed", 1)
+    assert_equal(again[0], up[0])
 
 
 def test_a_common_seed(world, tmp_path):
-    stand, walk = streams(world, tmp_path, "--common-seed")
-    assert_equal(stand[0], walk[0])
-    assert_equal(stand[1], walk[1])
-    assert torch.equal(stand[2], walk[2])
+    up = start_of(world, tmp_path / "up", "toy-up", "--common-seed")
+    down = start_of(world, tmp_path / "down", "toy-down", "--common-seed")
+    assert_equal(up[0], down[0])
+    assert_equal(up[1], down[1])
+    assert torch.equal(up[2], down[2])
 
 
 @pytest.mark.parametrize("common", [False, True])
 @pytest.mark.parametrize("module", [ds, oqs])
 def test_streams_of_several_teachers(world, tmp_path, module, common):
-    write_both(tmp_path)
-    world(module, *trained(module), *flags(FILES | START_BOTH), *(["--common-seed"] if common else []))
-    actors = [load(tmp_path / path)["actor"] for path in teacher_files(module).values()]
-    actors.append({k: v for k, v in load(tmp_path / "run/student.pt")["actor"].items() if k != "net.0.weight"})
+    write_data(tmp_path)
+    options = ["--common-seed"] if common else []
+    teachers = run_extension(world, module, RUN | START | START_TEACHERS, *options)
+    actors = [teacher["actor"] for teacher in teachers.values()]
+    student = load("run/student.pt")["actor"]
+    del student["net.0.weight"]  # has another shape
     for k, actor in enumerate(actors):
+        assert distinct(student, actor)
         for other in actors[:k]:
-            if common and k < len(actors) - 1:
+            if common:
                 assert_equal(actor, other)
             else:
                 assert distinct(actor, other)
 
 
 def test_order_and_number_of_tasks_do_not_matter(world, tmp_path, monkeypatch):
-    """A teacher's stream depends on its task and its data; teacher ii is the one that mop_pbrl_teacher.py trains."""
-    three = *TASKS, "toy-out"
-    settings, files = FILES | LOOP | BOTH | SMALL | {"teacher_steps": 3}, {}
-    for name, tasks in (("two", TASKS), ("turned", TASKS[::-1]), ("three", three)):
-        folder = tmp_path / name
-        for i, task in enumerate(three):
-            write_dataset(folder / f"data/{task}-medium.npz", task, relabelled(made_up(50, seed=i), task))
+    """A teacher depends on its task and data only; teacher ii is mop_pbrl_teacher.py's."""
+    settings = RUN | PBRL | TEACHERS | START | {"teacher_steps": 3}
+    found = {}
+    for tasks in (TASKS, TASKS[::-1], tuple(SLOPES)):
+        folder = tmp_path / "+".join(tasks)
+        datasets = write_data(folder, tasks)
         monkeypatch.chdir(folder)
-        world(oqs, *trained(oqs, tasks), *flags(settings))
-        files[name] = {path.name: load(path) for path in (folder / "checkpoints").glob("*.pt")}
-        assert len(files[name]) == len(tasks) ** 2
-    for name, checkpoint in files["two"].items():
-        for part in ("actor", "critics"):
-            assert_equal(checkpoint[part], files["turned"][name][part])
-            assert_equal(checkpoint[part], files["three"][name][part])
-    monkeypatch.chdir(tmp_path)
-    for i, task in enumerate(TASKS):
-        arrays = relabelled(made_up(50, seed=i), task)
-        alone = run_pbrl(world, tmp_path, task, arrays, task, settings=FILES | LOOP | TEACHER | {"gradient_steps": 3})
-        assert_equal(alone["actor"], files["two"][f"{task}-from-{task}-medium-teacher.pt"]["actor"])
-
-
-def test_order_of_tasks_does_not_matter_to_data_sharing(world, tmp_path, monkeypatch):
-    actors = []
-    for name, tasks in (("plain", TASKS), ("turned", TASKS[::-1])):
-        write_both(tmp_path / name)
-        monkeypatch.chdir(tmp_path / name)
-        world(ds, *trained(ds, tasks), *flags(FILES | START_BOTH))
-        actors.append([load(tmp_path / name / f"checkpoints/{task}-medium-ds-teacher.pt")["actor"] for task in TASKS])
-    for plain, turned in zip(*actors, strict=True):
-        assert_equal(plain, turned)
-
-
-def test_relabelled_file_is_read_by_the_other_script(world, tmp_path, monkeypatch):
-    """What mop_ds.py has computed mop_oqs.py does not compute again."""
-    write_both(tmp_path)
-    world(ds, *trained(ds), *flags(FILES | START_BOTH))
-    assert len(list((tmp_path / "data").glob("*.npy"))) == 2
-    asked, compute = [], oqs.compute_rewards
-    monkeypatch.setattr(oqs, "compute_rewards", lambda task, *arrays: (asked.append(task), compute(task, *arrays))[1])
-    result = world(oqs, *trained(oqs)[:-2], *flags(FILES | START_BOTH), "--run-dir", "other")
-    assert json.dumps(result["switch"]).count("from toy-up") == 4
-    assert asked == list(TASKS)  # each for a few rows of its own data, to see that its physics states fit
+        found[tasks] = run_extension(world, oqs, settings, tasks=tasks)
+        assert len(found[tasks]) == len(tasks) ** 2
+        for key, teacher in found[TASKS].items():
+            assert_equal(found[tasks][key]["actor"], teacher["actor"])
+            assert_equal(found[tasks][key]["critics"], teacher["critics"])
+    for task in TASKS:
+        alone = RUN | PBRL | SMALL | {"gradient_steps": 3}
+        checkpoint = run_pbrl(world, tmp_path / task, task, datasets[task], alone)
+        assert_equal(checkpoint["actor"], found[TASKS][task, (task,)]["actor"])
