@@ -327,7 +327,8 @@ def train_classifier(train: list, validation: list, seed: int) -> nn.Module:
     """A network of the logit ln p_A(s) / p_B(s), (n, d) -> (n, 1).
 
     train, validation: [states of A, states of B], (n, d) each. After two epochs without a lower
-    validation loss the best weights are taken back with a lower learning rate, four times.
+    validation loss the best weights are taken back with a lower learning rate; the fourth time
+    is the end.
     """
     torch.manual_seed(seed)
     obs = torch.cat(train)
@@ -391,8 +392,8 @@ def clustered(values: np.ndarray, episode: np.ndarray) -> dict:
 def divergences(logit_a, logit_b, episode_a, episode_b) -> dict:
     """Estimates from the logits f ~ ln p_A / p_B of held-out states of A and B and their episodes.
 
-    js_bits is on average at most the true JS, whatever the classifier. kl_ab and kl_ba, in nats,
-    are no bounds, and n states cannot confirm a KL above ln n (McAllester & Stratos 2020): one
+    js_bits, before it is clipped to [0, 1], is on average at most the true JS. kl_ab and kl_ba,
+    in nats, are no bounds, and n states cannot confirm a KL above ln n (McAllester & Stratos 2020): one
     named in beyond_limit says "large", no more. All arrays (n_A,) or (n_B,).
     """
     num_a = len(logit_a)

@@ -450,7 +450,7 @@ def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_
 
         # log
         if evaluate or step % 1000 == 0:
-            metrics["beta_ood"] = beta_ood
+            metrics = metrics | {"beta_ood": beta_ood}
             named_metrics = {f"{name}/{metric}": value for metric, value in metrics.items()}
             log(writer, rows["losses"], step, named_metrics)
 
@@ -507,7 +507,7 @@ def main():
             "device": device.type,
             "checkpoint_dir": os.path.abspath("checkpoints"),
             "finished_teachers": 0,  # of the jobs below; their checkpoints are written
-            "step": 0,  # of the teacher under way, after the last one of the student
+            "step": 0,  # of the teacher in training; of the student once all are finished
             "rows": {"returns": [], "losses": []},  # of the CSV files
         }
 
@@ -837,19 +837,20 @@ def load_dataset(path, task: str, obs_dim: int, action_dim: int) -> dict:
         with np.load(path, allow_pickle=False) as file:
             data = {name: file[name] for name in DATASET}
             metadata = json.loads(str(file["metadata"]))
-        known = metadata["schema_version"] == SCHEMA_VERSION and metadata["task"] == task
+        found = (metadata["task"], metadata["schema_version"])
     except Exception as error:
         check(False, f"{path}: expected a dataset as in docs/formats.md; found {error!r:.300}")
     check(damaged is None, f"{path}: damaged bytes in {damaged}")
-    check(known, f"{path}: expected data of {task}, schema {SCHEMA_VERSION}; found {metadata}")
+    expected = (task, SCHEMA_VERSION)
+    check(found == expected, f"{path}: expected (task, schema) {expected}, found {found}")
     num_rows = len(data["rewards"])
     widths = {"observations": obs_dim, "actions": action_dim, "next_observations": obs_dim}
     for name, dtype in DATASET.items():
-        found = data[name]
-        shape = (num_rows, widths[name]) if name in widths else (num_rows, *found.shape[1:])
-        fits = found.shape == shape and found.dtype.kind == np.dtype(dtype).kind
-        check(fits, f"{path}: {name}: expected {dtype} {shape}, found {found.dtype} {found.shape}")
-        data[name] = np.ascontiguousarray(found, dtype)
+        array = data[name]
+        shape = (num_rows, widths[name]) if name in widths else (num_rows, *array.shape[1:])
+        fits = array.shape == shape and array.dtype.kind == np.dtype(dtype).kind
+        check(fits, f"{path}: {name}: expected {dtype} {shape}, found {array.dtype} {array.shape}")
+        data[name] = np.ascontiguousarray(array, dtype)
         check(np.isfinite(data[name]).all(), f"{path}: {name}: found NaN or infinite values")
     check(np.abs(data["actions"]).max() <= 1, f"{path}: expected actions in [-1, 1]")
     return data | {"metadata": metadata}

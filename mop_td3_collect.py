@@ -104,8 +104,8 @@ class Args:
     policy: str | None = None
     """behaviour or teacher checkpoint: no training, this policy makes a dataset"""
     mix: Literal["online", "noise", "random90", "random99"] = "online"
-    """with --policy. online: all episodes by it; noise: 10%, the rest with N(0, 1) noise added;
-    random90, random99: 10%, 1%, the rest by uniform actions"""
+    """with --policy. online: all episodes are by it; noise: 10%, and 90% have N(0, 1) noise added
+    to its actions; random90 and random99: 10% and 1%, and the rest have uniform actions"""
     output: str | None = None
     """with --policy: dataset to write; default: data/<name of the checkpoint>[-<mix>].npz"""
     datasets: tuple[Literal["medium", "expert", "medium-replay"], ...] = (
@@ -248,6 +248,7 @@ def train(args, resume_point, device) -> None:
     obs_dim, action_dim = task_sizes([args.task])
     env = make_env(args.task)
     length = int(env._step_limit)  # of an episode
+    # evaluation may use the same environment, so it has to fall between two episodes
     fits = args.eval_every % length == 0 and args.total_timesteps % length == 0
     check(fits, f"--eval-every, --total-timesteps: expected multiples of the episode's {length}")
     reached = args.medium_step % args.eval_every == 0 and args.medium_step <= args.total_timesteps
@@ -292,6 +293,7 @@ def train(args, resume_point, device) -> None:
     if resume_point:
         check(resume_point["args"]["task"] == args.task, "--resume: expected the same task")
         start = resume_point["step"]
+        check(start <= args.total_timesteps, f"--total-timesteps: {start} are already made")
         rows = resume_point["rows"]
         policies = resume_point["policies"]
         replay[:start] = resume_point["replay"].to(device)
@@ -345,7 +347,7 @@ def train(args, resume_point, device) -> None:
             action = (action + noise).clamp(-1, 1)
 
         # learn from the steps before this one, on a GPU while the physics below runs
-        if step > max(args.learning_starts, 1):
+        if step > max(args.learning_starts, 1):  # before step 1 there is nothing to learn from
             index = torch.randint(step - 1, (args.batch_size,), device=device)
             batch = replay[index].split(columns, dim=1)
             metrics["loss/critics"] = update_critics(*batch)
@@ -391,8 +393,8 @@ def train(args, resume_point, device) -> None:
                 "step": step,
                 "rows": rows,
                 "policies": policies,
-                "replay": replay[:step],
-                "physics": physics[:step],
+                "replay": replay[:step].clone(),  # of a view torch saves the whole
+                "physics": physics[:step].clone(),
                 "random_states": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
             }
             for name, module in modules.items():
@@ -460,7 +462,7 @@ def collect(policy_path, mix: str, path: Path, args) -> None:
     num_episodes = math.ceil(args.num_transitions / length)
     num_plain = num_episodes // share
 
-    # the initial states depend on what is made
+    # every task, level and mix has initial states of its own
     rng = np.random.default_rng([args.seed, zlib.crc32(f"{task} {level} {mix}".encode())])
     seeds = rng.integers(EVAL_SEED, size=num_episodes).tolist()
     episodes = run_episodes(actor, task, seeds[:num_plain], args.threads)
@@ -513,6 +515,7 @@ def main():
     if args.policy is None:
         train(args, resume_point, device)
     else:
+        # a behaviour's plain dataset has the name that training gives it
         name = Path(args.policy).stem.removesuffix("-behavior")
         if args.mix != "online" or not args.policy.endswith("-behavior.pt"):
             name = f"{name}-{args.mix}"
@@ -635,7 +638,7 @@ def run_episode(pickled: bytes, task: str, seed: int, mix: str = "online") -> di
         action = policy(torch.from_numpy(obs)[None])[0, :action_dim].numpy()
         if mix == "noise":
             action = np.clip(action + rng.standard_normal(action_dim), -1, 1).astype(np.float32)
-        elif mix != "online":
+        elif mix in ("random90", "random99"):
             action = rng.uniform(-1, 1, action_dim).astype(np.float32)
         time_step = env.step(action)
         obs = flat(time_step)
