@@ -393,8 +393,8 @@ def divergences(logit_a, logit_b, episode_a, episode_b) -> dict:
     """Estimates from the logits f ~ ln p_A / p_B of held-out states of A and B and their episodes.
 
     js_bits, before it is clipped to [0, 1], is on average at most the true JS. kl_ab and kl_ba,
-    in nats, are no bounds, and n states cannot confirm a KL above ln n (McAllester & Stratos 2020): one
-    named in beyond_limit says "large", no more. All arrays (n_A,) or (n_B,).
+    in nats, are no bounds, and n states cannot confirm a KL above ln n (McAllester & Stratos
+    2020): one named in beyond_limit says "large", no more. All arrays (n_A,) or (n_B,).
     """
     num_a = len(logit_a)
     num_b = len(logit_b)
