@@ -652,11 +652,13 @@ def load_dataset(path, task: str, obs_dim: int, action_dim: int) -> dict:
             data = {name: file[name] for name in DATASET}
             metadata = json.loads(str(file["metadata"]))
         found = (metadata["task"], metadata["schema_version"])
+        returns = metadata["episode_returns"]
     except Exception as error:
         check(False, f"{path}: expected a dataset as in docs/formats.md; found {error!r:.300}")
     check(damaged is None, f"{path}: damaged bytes in {damaged}")
     expected = (task, SCHEMA_VERSION)
     check(found == expected, f"{path}: expected (task, schema) {expected}, found {found}")
+    check(returns and np.isfinite(returns).all(), f"{path}: no finite episode_returns")
     num_rows = len(data["rewards"])
     widths = {"observations": obs_dim, "actions": action_dim, "next_observations": obs_dim}
     for name, dtype in DATASET.items():

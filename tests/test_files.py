@@ -146,6 +146,9 @@ def test_files_that_are_no_datasets(tmp_path, monkeypatch):
     assert "observations is not a file" in refusal(write_dataset(path, arrays={}))
     write_dataset(path, arrays=make_arrays(), schema_version=9)
     assert "found ('walker-stand', 9)" in refusal(path)
+    for returns in ([], [1.0, float("nan")]):
+        write_dataset(path, arrays=make_arrays(), episode_returns=returns)
+        assert "no finite episode_returns" in refusal(path)
     assert not Path("executed").exists()
 
     # a flipped bit in a shape: np.load reads less, and never comes to the check sum at the end
