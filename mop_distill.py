@@ -25,11 +25,11 @@ Out: in the run's folder under runs/ student.pt, returns.csv, losses.csv, tau.cs
 between the hidden layers under two task ids) and TensorBoard logs.
 """
 
+import csv
 import json
 import math
 import os
 import pickle
-import signal
 import sys
 import zipfile
 import zlib
@@ -56,6 +56,7 @@ if __name__ == "__main__":
     os.environ["MUJOCO_GL"] = "disable"  # nothing is rendered here, whatever the shell asks for
 import mujoco
 from dm_control import suite
+from dm_control.suite.wrappers import action_scale
 
 SCHEMA_VERSION = 1  # of datasets and checkpoints
 VERSIONS = {
@@ -342,7 +343,6 @@ def main():
     critics = []
     log_std_bounds = []
     teacher_returns = []
-    sources = []  # what the run learns from, to compare when it is resumed
     for i, task in enumerate(args.tasks):
         data = load_dataset(data_paths[i], task, obs_dim, action_dim)
         teacher = load_teacher(teacher_paths[i], task, obs_dim, action_dim)
@@ -350,10 +350,8 @@ def main():
         states.append(torch.from_numpy(data["observations"]).to(device))
         with torch.no_grad():
             labels.append(torch.cat([actor(part) for part in states[i].split(65_536)]))
-        sources += [states[i], *teacher["actor"].values()]
         if args.loss == "q":
             critics.append(load_critics(teacher).to(device))
-            sources += teacher["critics"].values()
         log_std_bounds.append(teacher["sizes"]["log_std"])  # None of a deterministic teacher
         teacher_returns.append(np.mean(teacher["returns"][task]))
         print(f"task {i}: {task}, {len(states[i])} states of {data_paths[i]},")
@@ -377,17 +375,18 @@ def main():
     # run folder, resume
     run_dir = make_run_dir(args, f"{args.loss}-{args.regularizer}-{args.hidden}-{levels[0]}")
     start = 0
-    rows = {"returns": [], "losses": [], "tau": []}  # of the CSV files
-    data_key = check_sum(sources)
+    rows = {  # of the CSV files
+        "returns": [["step", "task", "episode", "return"]],
+        "losses": [["step", "metric", "value"]],
+        "tau": [["step", "task", "other_task", "layer", "tau_a_mean", "tau_a_std"]],
+    }
     if resume_point:
-        check(resume_point["data_key"] == data_key, "--resume: expected the same data and teachers")
         start = resume_point["step"]
         check(start < args.gradient_steps, "--resume: this run has made all its --gradient-steps")
         rows = resume_point["rows"]
         student.load_state_dict(resume_point["student"])
         optimizer.load_state_dict(resume_point["optimizer"])
         optimizer.param_groups[0]["lr"] = args.learning_rate
-        optimizer.param_groups[0]["capturable"] = args.cuda_graph
         torch.set_rng_state(resume_point["random_states"][0])
         torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
 
@@ -488,16 +487,17 @@ def main():
             }
             save(run_dir / "student.pt", checkpoint)
         if evaluate:
-            write_csv(run_dir / "returns.csv", "step,task,episode,return", rows["returns"])
-            write_csv(run_dir / "losses.csv", "step,metric,value", rows["losses"])
-            tau_header = "step,task,other_task,layer,tau_a_mean,tau_a_std"
-            write_csv(run_dir / "tau.csv", tau_header, rows["tau"])
+            for name in rows:
+                write_csv(run_dir / f"{name}.csv", rows[name])
             resume_point = {
                 "kind": f"resume point of {Path(__file__).name}",
-                "args": vars(args) | absolute(data=data_paths, teachers=teacher_paths),
-                "device": device.type,
+                "args": vars(args)
+                | {
+                    "data": tuple(map(os.path.abspath, data_paths)),
+                    "teachers": tuple(map(os.path.abspath, teacher_paths)),
+                },
+                "device": device,
                 "step": step,
-                "data_key": data_key,
                 "rows": rows,
                 "student": student.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -514,34 +514,26 @@ def parse_args():
     --scale laptop or else --resume change the defaults; flags that are given win over both.
     """
     args = tyro.cli(Args, description=__doc__)
+    default = Args()
     resume_point = None
     if args.scale == "laptop":
-        laptop_args = replace(Args(), scale="laptop", **LAPTOP)
-        args = tyro.cli(Args, description=__doc__, default=laptop_args)
+        default = replace(default, scale="laptop", **LAPTOP)
     if args.resume:
-        kind = f"resume point of {Path(__file__).name}"
-        run_dir = Path(args.resume).expanduser()
-        resume_point = read_pt(run_dir / "resume.pt", kind)
-        args = tyro.cli(Args, description=__doc__, default=Args(**resume_point["args"]))
-        args.run_dir = str(run_dir)
-    cuda = torch.cuda.is_available()
-    check(cuda or args.device != "cuda", "--device cuda: no CUDA device was found")
-    device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
-    check(device.type == "cuda" or not args.cuda_graph, "--cuda-graph: needs a CUDA device")
-    if args.resume:
-        same = resume_point["device"] == device.type
-        check(same, f"--resume: expected a run on {device.type}, found {resume_point['device']}")
-    args.threads = args.threads or num_cores()
-    torch.set_num_threads(args.threads)
+        path = Path(args.resume).expanduser() / "resume.pt"
+        resume_point = read_pt(path, f"resume point of {Path(__file__).name}")
+        default = Args(**resume_point["args"])
+    args = tyro.cli(Args, description=__doc__, default=default)
+    device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
+    needs_cuda = args.device == "cuda" or args.cuda_graph
+    check(device == "cuda" or not needs_cuda, "--device cuda, --cuda-graph: no CUDA device found")
+    if resume_point:
+        found = resume_point["device"]
+        check(found == device, f"--resume: expected a run on {device}, found one on {found}")
+    if args.threads > 0:
+        torch.set_num_threads(args.threads)
+    args.threads = torch.get_num_threads()  # else torch's choice: the cores that it may use
     torch.set_float32_matmul_precision(args.matmul_precision)
     return args, resume_point, device
-
-
-def num_cores() -> int:
-    """CPU cores that this process may use, which on Linux can be fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def find_file(path: str) -> str:
@@ -552,14 +544,13 @@ def find_file(path: str) -> str:
     for candidate in candidates:
         if candidate.is_file():
             return str(candidate)
-    script = "mop_td3_collect.py" if path.startswith("data/") else "mop_pbrl_teacher.py"
-    check(False, f"{path}: not found, nor in pretrained/; {script} makes it")
+    check(False, f"{path}: not found, nor in pretrained/; docs/README.md says what makes it")
 
 
 def make_run_dir(args, name: str) -> Path:
     """The run's folder, a new or an empty one unless it is resumed or overwritten."""
     default = f"runs/{Path(__file__).stem}-{name}-seed{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run_dir = Path(args.run_dir or default).expanduser()
+    run_dir = Path(args.resume or args.run_dir or default).expanduser()
     run_dir.mkdir(parents=True, exist_ok=True)
     free = args.resume or args.overwrite or not any(run_dir.iterdir())
     check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
@@ -568,13 +559,15 @@ def make_run_dir(args, name: str) -> Path:
 
 @cache
 def make_env(task: str):
-    """dm_control's environment of DOMAIN-TASK with flat observations, one per process."""
+    """dm_control's environment of DOMAIN-TASK, one per process, with flat observations and actions
+    in [-1, 1].
+    """
     domain, _, name = task.partition("-")
     check((domain, name) in suite.ALL_TASKS, f"task {task}: not one of the dm_control suite")
     env = suite.load(domain, name, environment_kwargs={"flat_observation": True})
     bounds = env.action_spec()
-    fits = np.all(bounds.minimum == -1) and np.all(bounds.maximum == 1)
-    check(fits, f"task {task}: expected actions in [-1, 1], found other bounds")
+    if np.any(bounds.minimum != -1) or np.any(bounds.maximum != 1):
+        env = action_scale.Wrapper(env, minimum=-1, maximum=1)
     return env
 
 
@@ -583,8 +576,9 @@ def task_sizes(tasks) -> tuple[int, int]:
     sizes = {}
     for task in tasks:
         env = make_env(task)
-        obs_dim = env.observation_spec()["observations"].shape[0]
-        sizes[task] = (obs_dim, env.action_spec().shape[0])
+        (obs_dim,) = env.observation_spec()["observations"].shape
+        (action_dim,) = env.action_spec().shape
+        sizes[task] = (obs_dim, action_dim)
     alike = len(set(sizes.values())) == 1
     check(alike, f"--tasks: expected the same sizes of observations and actions, found {sizes}")
     return sizes[tasks[0]]
@@ -602,13 +596,8 @@ def run_episodes(policy: nn.Module, task: str, seeds, workers: int, **options) -
 
 @cache
 def make_workers(workers: int) -> ProcessPoolExecutor:
-    """Processes that stay for the whole run, since to start them takes seconds."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker)
-
-
-def start_worker() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    """Processes of one thread, which stay for the whole run, since to start them takes seconds."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
 
 
 @torch.no_grad()
@@ -621,27 +610,21 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
     """
     policy = pickle.loads(pickled)
     env = make_env(task)
+    action_dim = env.action_spec().shape[0]
+    episode = {"observations": [], "actions": [], "rewards": [], "physics": []}
     env.task.random.seed(seed)
     time_step = env.reset()
-    obs = flat(time_step)
-    action_dim = env.action_spec().shape[0]
-    episode = {"observations": [obs], "actions": [], "rewards": []}
-    episode["physics"] = [env.physics.get_state()]
-    while not time_step.last():
+    while True:
+        obs = time_step.observation["observations"].astype(np.float32)
+        episode["observations"].append(obs)
+        episode["physics"].append(env.physics.get_state())
+        if time_step.last():
+            return {name: np.array(values) for name, values in episode.items()}
         x = torch.from_numpy(np.append(obs, code).astype(np.float32))
         action = policy(x[None])[0, :action_dim].numpy()
         time_step = env.step(action)
-        obs = flat(time_step)
-        episode["observations"].append(obs)
         episode["actions"].append(action)
         episode["rewards"].append(time_step.reward)
-        episode["physics"].append(env.physics.get_state())
-    return {name: np.array(values) for name, values in episode.items()}
-
-
-def flat(time_step) -> np.ndarray:
-    """The observation of a time step of dm_control, (obs,) float32."""
-    return time_step.observation["observations"].astype(np.float32)
 
 
 def load_dataset(path, task: str, obs_dim: int, action_dim: int) -> dict:
@@ -734,11 +717,11 @@ def log_returns(writer: SummaryWriter, rows: list, step: int, task: str, episode
     return returns
 
 
-def write_csv(path: Path, header: str, rows: list) -> None:
-    """The rows as a CSV file that appears whole."""
+def write_csv(path: Path, rows: list) -> None:
+    """The rows, the first of which is the header, as a CSV file that appears whole."""
     temporary = path.with_name(f".{path.name}")
-    lines = [header] + [",".join(map(str, row)) for row in rows]
-    temporary.write_text("\n".join(lines) + "\n")
+    with open(temporary, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
     os.replace(temporary, path)
 
 
@@ -758,23 +741,6 @@ def check_finite(name, content) -> None:
             check_finite(f"{name}: {key}", part)
     if isinstance(content, torch.Tensor):
         check(content.isfinite().all(), f"{name}: NaN or infinite values")
-
-
-def absolute(**flags) -> dict:
-    """Flags that name a file or files, so that they mean the same in another folder."""
-    paths = {}
-    for flag, value in flags.items():
-        several = isinstance(value, list | tuple)
-        paths[flag] = tuple(map(os.path.abspath, value)) if several else os.path.abspath(value)
-    return paths
-
-
-def check_sum(tensors: list) -> int:
-    """CRC of the data that a run learns from, to compare when it is resumed."""
-    crc = 0
-    for tensor in tensors:
-        crc = zlib.crc32(tensor.cpu().numpy(), crc)
-    return crc
 
 
 def check(condition, message: str) -> None:

@@ -32,7 +32,6 @@ import json
 import math
 import os
 import pickle
-import signal
 import sys
 import time
 import zipfile
@@ -61,6 +60,7 @@ if __name__ == "__main__":
     os.environ["MUJOCO_GL"] = "disable"  # GIFs are rendered in another process, see write_gifs
 import mujoco
 from dm_control import suite
+from dm_control.suite.wrappers import action_scale
 
 SCHEMA_VERSION = 1  # of datasets and checkpoints
 VERSIONS = {
@@ -581,19 +581,12 @@ def main():
 def parse_args():
     """The command line -> (args, device)."""
     args = tyro.cli(Args, description=__doc__)
-    cuda = torch.cuda.is_available()
-    check(cuda or args.device != "cuda", "--device cuda: no CUDA device was found")
-    device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
-    args.threads = args.threads or num_cores()
-    torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
+    check(device == "cuda" or args.device != "cuda", "--device cuda: no CUDA device found")
+    if args.threads > 0:
+        torch.set_num_threads(args.threads)
+    args.threads = torch.get_num_threads()  # else torch's choice: the cores that it may use
     return args, device
-
-
-def num_cores() -> int:
-    """CPU cores that this process may use, which on Linux can be fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def make_run_dir(args) -> Path:
@@ -608,13 +601,15 @@ def make_run_dir(args) -> Path:
 
 @cache
 def make_env(task: str):
-    """dm_control's environment of DOMAIN-TASK with flat observations, one per process."""
+    """dm_control's environment of DOMAIN-TASK, one per process, with flat observations and actions
+    in [-1, 1].
+    """
     domain, _, name = task.partition("-")
     check((domain, name) in suite.ALL_TASKS, f"task {task}: not one of the dm_control suite")
     env = suite.load(domain, name, environment_kwargs={"flat_observation": True})
     bounds = env.action_spec()
-    fits = np.all(bounds.minimum == -1) and np.all(bounds.maximum == 1)
-    check(fits, f"task {task}: expected actions in [-1, 1], found other bounds")
+    if np.any(bounds.minimum != -1) or np.any(bounds.maximum != 1):
+        env = action_scale.Wrapper(env, minimum=-1, maximum=1)
     return env
 
 
@@ -623,8 +618,9 @@ def task_sizes(tasks) -> tuple[int, int]:
     sizes = {}
     for task in tasks:
         env = make_env(task)
-        obs_dim = env.observation_spec()["observations"].shape[0]
-        sizes[task] = (obs_dim, env.action_spec().shape[0])
+        (obs_dim,) = env.observation_spec()["observations"].shape
+        (action_dim,) = env.action_spec().shape
+        sizes[task] = (obs_dim, action_dim)
     alike = len(set(sizes.values())) == 1
     check(alike, f"--tasks: expected the same sizes of observations and actions, found {sizes}")
     return sizes[tasks[0]]
@@ -642,13 +638,8 @@ def run_episodes(policy: nn.Module, task: str, seeds, workers: int, **options) -
 
 @cache
 def make_workers(workers: int) -> ProcessPoolExecutor:
-    """Processes that stay for the whole run, since to start them takes seconds."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker)
-
-
-def start_worker() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    """Processes of one thread, which stay for the whole run, since to start them takes seconds."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
 
 
 @torch.no_grad()
@@ -661,27 +652,21 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
     """
     policy = pickle.loads(pickled)
     env = make_env(task)
+    action_dim = env.action_spec().shape[0]
+    episode = {"observations": [], "actions": [], "rewards": [], "physics": []}
     env.task.random.seed(seed)
     time_step = env.reset()
-    obs = flat(time_step)
-    action_dim = env.action_spec().shape[0]
-    episode = {"observations": [obs], "actions": [], "rewards": []}
-    episode["physics"] = [env.physics.get_state()]
-    while not time_step.last():
+    while True:
+        obs = time_step.observation["observations"].astype(np.float32)
+        episode["observations"].append(obs)
+        episode["physics"].append(env.physics.get_state())
+        if time_step.last():
+            return {name: np.array(values) for name, values in episode.items()}
         x = torch.from_numpy(np.append(obs, code).astype(np.float32))
         action = policy(x[None])[0, :action_dim].numpy()
         time_step = env.step(action)
-        obs = flat(time_step)
-        episode["observations"].append(obs)
         episode["actions"].append(action)
         episode["rewards"].append(time_step.reward)
-        episode["physics"].append(env.physics.get_state())
-    return {name: np.array(values) for name, values in episode.items()}
-
-
-def flat(time_step) -> np.ndarray:
-    """The observation of a time step of dm_control, (obs,) float32."""
-    return time_step.observation["observations"].astype(np.float32)
 
 
 def return_statistics(episodes: list) -> dict:

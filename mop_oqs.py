@@ -17,16 +17,16 @@ Source: van Lith 2024, section 6.4.3.
 In: data/<task>-<level>.npz and checkpoints/<task>-<level>-teacher.pt of every task, else the
 bundled files in pretrained/.
 
-Out: checkpoints/<task i>-from-<task j>-<level of j>-teacher.pt; in the run's folder under runs/
-student.pt, returns.csv, losses.csv and TensorBoard logs; and the relabelled rewards beside each
-dataset.
+Out: in the run's folder under runs/ <task i>-from-<task j>-<level of j>-teacher.pt of the teachers
+trained here, student.pt, returns.csv, losses.csv and TensorBoard logs; and the relabelled rewards
+beside each dataset.
 """
 
+import csv
 import json
 import math
 import os
 import pickle
-import signal
 import sys
 import zipfile
 import zlib
@@ -54,6 +54,7 @@ if __name__ == "__main__":
     os.environ["MUJOCO_GL"] = "disable"  # nothing is rendered here, whatever the shell asks for
 import mujoco
 from dm_control import suite
+from dm_control.suite.wrappers import action_scale
 
 SCHEMA_VERSION = 1  # of datasets and checkpoints
 VERSIONS = {
@@ -117,8 +118,8 @@ class Args:
     data: tuple[str, ...] = ()
     """dataset files, one per task, instead of data/<task>-<level>.npz"""
     teachers: tuple[str, ...] = ()
-    """teacher checkpoints or the word train, of task i from the data of j in the order 00 01 .. 10
-    11 ..; or 00 11 .., the others are trained; default: MOP's teachers as 00 11 .."""
+    """teacher checkpoints, of task i from the data of task j: 00 11 .., the others are then trained
+    here; or all, 00 01 .. 10 11 ..; default: MOP's teachers as 00 11 .."""
 
     # student
     gradient_steps: int = 500_000
@@ -169,6 +170,8 @@ class Args:
     """factor of beta_ood per step"""
     bc_coef: float = 0.0
     """weight of behaviour cloning in the actor's loss, not in the thesis (docs/pretrained.md)"""
+    bc_temperature: float = 0.1
+    """the lower, the more of the cloning goes to the episodes of the highest return; inf: to all"""
 
     # system
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -295,17 +298,31 @@ def pbrl_critic_loss(critics, target_critics, policy, target_policy, batch, beta
     return in_loss + ood_loss, metrics
 
 
-def pbrl_actor_loss(policy, critics, obs, action, bc_coef: float) -> torch.Tensor:
-    """- mean over the batch of min_k Q_k(s, pi(s)). (B, obs), (B, act) -> ().
+def cloning_weights(rewards: torch.Tensor, ends: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Weights of the transitions in behaviour cloning, by the return R of their episode. (N,).
+
+    w ~ exp((R - R_max) / (temperature (R_max - R_min))), of mean 1: so Hong et al. 2023 (arXiv
+    2306.13085) draw transitions from mixed data. ends: the last transitions of the episodes, (N,).
+    """
+    episode = ends.cumsum(dim=0) - ends.long()  # number of the episode of each transition
+    returns = torch.bincount(episode, rewards.double())
+    spread = (returns.max() - returns.min()).clamp(min=1e-8)
+    weights = ((returns - returns.max()) / spread / temperature).exp()[episode]
+    return (weights / weights.mean()).float()
+
+
+def pbrl_actor_loss(policy, critics, obs, action, weight, bc_coef: float) -> torch.Tensor:
+    """- mean over the batch of min_k Q_k(s, pi(s)). (B, obs), (B, act), (B,) -> ().
 
     With bc_coef > 0 (not in the thesis), the objective of TD3+BC (Fujimoto & Gu 2021, arXiv
-    2106.06860): - mean min_k Q_k / mean |min_k Q_k| + bc_coef * mean || pi(s) - a ||^2.
+    2106.06860) with weights w of `cloning_weights`:
+    - mean min_k Q_k / mean |min_k Q_k| + bc_coef * mean w || pi(s) - a ||^2.
     """
     policy_action = policy(obs)
     q = critics(obs, policy_action).min(dim=0).values  # (B,)
     if bc_coef == 0:
         return -q.mean()
-    cloning_loss = (policy_action - action).square().sum(dim=1).mean()
+    cloning_loss = (weight * (policy_action - action).square().sum(dim=1)).mean()
     return -q.mean() / q.abs().mean().detach() + bc_coef * cloning_loss
 
 
@@ -361,8 +378,8 @@ class Job:
     """level of the data"""
     path: Path
     """its checkpoint"""
-    train: bool
-    """here; else the checkpoint is there already"""
+    given: bool
+    """by --teachers or an earlier stage, so that it is not trained here"""
 
 
 def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_point) -> None:
@@ -372,11 +389,15 @@ def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_
     """
     # the data that it learns from
     transitions = {}
-    for name in ["observations", "actions", "next_observations", "terminals"]:
+    for name in ["observations", "actions", "next_observations", "terminals", "timeouts"]:
         parts = [datasets[source][name] for source in job.data_tasks]
         transitions[name] = torch.cat(parts)
     parts = [rewards[source][job.task] for source in job.data_tasks]
     transitions["rewards"] = torch.cat(parts)
+    ends = transitions["terminals"] | transitions.pop("timeouts")
+    transitions["cloning_weights"] = cloning_weights(
+        transitions["rewards"], ends, args.bc_temperature
+    )
     obs_dim = transitions["observations"].shape[1]
     action_dim = transitions["actions"].shape[1]
     num_transitions = len(transitions["rewards"])
@@ -405,12 +426,10 @@ def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_
     }
     start = resume_point["step"]
     rows = resume_point["rows"]
-    data_key = check_sum(transitions.values())
     if start > 0:
-        restore(resume_point, modules, data_key)
+        restore(resume_point, modules)
         for optimizer in (actor_optimizer, critic_optimizer):
             optimizer.param_groups[0]["lr"] = args.teacher_learning_rate
-            optimizer.param_groups[0]["capturable"] = args.cuda_graph
 
     def update_critics(beta_ood):
         index = torch.randint(num_transitions, (args.teacher_batch_size,), device=device)
@@ -421,10 +440,10 @@ def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_
         critic_optimizer.zero_grad()
         loss.backward()
         critic_optimizer.step()
-        return batch["observations"], batch["actions"], metrics  # for the actor's update
+        return batch["observations"], batch["actions"], batch["cloning_weights"], metrics
 
-    def update_actor(obs, action):
-        loss = pbrl_actor_loss(actor, critics, obs, action, args.bc_coef)
+    def update_actor(obs, action, weight):
+        loss = pbrl_actor_loss(actor, critics, obs, action, weight, args.bc_coef)
         actor_optimizer.zero_grad()
         loss.backward(inputs=list(actor.parameters()))  # gradients for the actor only
         actor_optimizer.step()
@@ -441,9 +460,9 @@ def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_
     for step in progress:
         beta_ood = max(args.beta_ood * args.beta_ood_decay**step, args.beta_ood_min)
         beta_ood = torch.full((), beta_ood, device=device)  # a CUDA graph reads tensors only
-        obs, action, metrics = update_critics(beta_ood)
+        obs, action, weight, metrics = update_critics(beta_ood)
         if step % args.policy_frequency == 0:
-            update_actor(obs, action)
+            update_actor(obs, action, weight)
         update_targets()
         last = step == args.teacher_steps
         evaluate = last or step % args.eval_every == 0
@@ -488,7 +507,7 @@ def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_
             }
             save(job.path, checkpoint)
         if evaluate:
-            save_resume_point(run_dir, resume_point, step, modules, data_key)
+            save_resume_point(run_dir, resume_point, step, modules)
 
 
 def main():
@@ -504,11 +523,13 @@ def main():
     if resume_point is None:
         resume_point = {
             "kind": f"resume point of {Path(__file__).name}",
-            "device": device.type,
-            "checkpoint_dir": os.path.abspath("checkpoints"),
+            "device": device,
             "finished_teachers": 0,  # of the jobs below; their checkpoints are written
             "step": 0,  # of the teacher in training; of the student once all are finished
-            "rows": {"returns": [], "losses": []},  # of the CSV files
+            "rows": {  # of the CSV files
+                "returns": [["step", "task", "episode", "return"]],
+                "losses": [["step", "metric", "value"]],
+            },
         }
 
     # files
@@ -518,32 +539,29 @@ def main():
     teacher_paths = args.teachers or [find_file(f"checkpoints/{x}-teacher.pt") for x in names]
     fits = len(teacher_paths) in (num_tasks, num_tasks**2)
     check(fits, f"--teachers: expected {num_tasks} or {num_tasks**2} files")
-    if len(teacher_paths) == num_tasks:  # of each task's own data
-        own_paths = teacher_paths
-        teacher_paths = ["train"] * num_tasks**2
-        for i in range(num_tasks):
-            teacher_paths[i * num_tasks + i] = own_paths[i]
+    run_dir = make_run_dir(args, f"{args.hidden}-{levels[0]}")
     jobs = []
     for i, j in product(range(num_tasks), repeat=2):
-        file_name = f"{args.tasks[i]}-from-{names[j]}-teacher.pt"
+        path = None
+        if len(teacher_paths) == num_tasks**2:
+            path = teacher_paths[i * num_tasks + j]
+        elif i == j:
+            path = teacher_paths[i]
         job = Job(
             task=args.tasks[i],
             data_tasks=[args.tasks[j]],
             label=f"from {args.tasks[j]}",
             level=levels[j],
-            path=Path(resume_point["checkpoint_dir"], file_name),
-            train=teacher_paths[len(jobs)] == "train",
+            path=Path(path or run_dir / f"{args.tasks[i]}-from-{names[j]}-teacher.pt"),
+            given=path is not None,
         )
-        if job.train:
-            check_output(job.path, args)
-        else:  # a file that does not fit is found now, not after hours of training
-            job.path = Path(teacher_paths[len(jobs)]).absolute()
-            teacher = load_teacher(job.path, job.task, obs_dim, action_dim)
-            deterministic = teacher["sizes"]["log_std"] is None
-            check(deterministic, f"{job.path}: expected a deterministic teacher, found a Gaussian")
+        if job.given:  # a file that does not fit is found now, not after hours of training
+            load_teacher(job.path, job.task, obs_dim, action_dim)
         jobs.append(job)
-    resume_point["args"] = vars(args) | absolute(data=data_paths)
-    resume_point["args"]["teachers"] = tuple("train" if x.train else str(x.path) for x in jobs)
+    resume_point["args"] = vars(args) | {
+        "data": tuple(map(os.path.abspath, data_paths)),
+        "teachers": tuple(map(os.path.abspath, teacher_paths)),
+    }
 
     # data, with the rewards of every task
     datasets = {}  # task -> name -> tensor
@@ -552,7 +570,7 @@ def main():
         data = load_dataset(data_paths[j], task, obs_dim, action_dim)
         check_physics(data_paths[j], data, task)
         datasets[task] = {}
-        for name in ["observations", "actions", "next_observations", "terminals"]:
+        for name in ["observations", "actions", "next_observations", "terminals", "timeouts"]:
             datasets[task][name] = torch.from_numpy(data[name]).to(device)
         rewards[task] = {}
         report = f"task {j}: {task}, {len(data['rewards'])} transitions, mean reward"
@@ -565,10 +583,9 @@ def main():
         print(report)
 
     # teachers
-    run_dir = make_run_dir(args, f"{args.hidden}-{levels[0]}")
     writer = SummaryWriter(run_dir)
     for job in jobs[resume_point["finished_teachers"] :]:
-        if job.train:
+        if not job.given:
             train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_point)
         resume_point["finished_teachers"] += 1
         resume_point["step"] = 0
@@ -615,11 +632,9 @@ def main():
     modules = {"student": student, "optimizer": optimizer}
     start = resume_point["step"]
     rows = resume_point["rows"]
-    data_key = check_sum([states, *labels])
     if start > 0:
-        restore(resume_point, modules, data_key)
+        restore(resume_point, modules)
         optimizer.param_groups[0]["lr"] = args.learning_rate
-        optimizer.param_groups[0]["capturable"] = args.cuda_graph
 
     def update() -> dict:
         """One gradient step on a batch of every task -> metrics."""
@@ -686,11 +701,8 @@ def main():
             }
             save(run_dir / "student.pt", checkpoint)
         if evaluate:
-            save_resume_point(run_dir, resume_point, step, modules, data_key)
-    for job in jobs:
-        if job.train:
-            print(f"wrote {job.path}")
-    print(f"wrote student.pt, returns.csv and losses.csv in {run_dir}")
+            save_resume_point(run_dir, resume_point, step, modules)
+    print(f"wrote student.pt, the new teachers, returns.csv and losses.csv in {run_dir}")
 
 
 # =============================== the method ends here; below: command line, episodes, files, CUDA
@@ -700,34 +712,26 @@ def parse_args():
     --scale laptop or else --resume change the defaults; flags that are given win over both.
     """
     args = tyro.cli(Args, description=__doc__)
+    default = Args()
     resume_point = None
     if args.scale == "laptop":
-        laptop_args = replace(Args(), scale="laptop", **LAPTOP)
-        args = tyro.cli(Args, description=__doc__, default=laptop_args)
+        default = replace(default, scale="laptop", **LAPTOP)
     if args.resume:
-        kind = f"resume point of {Path(__file__).name}"
-        run_dir = Path(args.resume).expanduser()
-        resume_point = read_pt(run_dir / "resume.pt", kind)
-        args = tyro.cli(Args, description=__doc__, default=Args(**resume_point["args"]))
-        args.run_dir = str(run_dir)
-    cuda = torch.cuda.is_available()
-    check(cuda or args.device != "cuda", "--device cuda: no CUDA device was found")
-    device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
-    check(device.type == "cuda" or not args.cuda_graph, "--cuda-graph: needs a CUDA device")
-    if args.resume:
-        same = resume_point["device"] == device.type
-        check(same, f"--resume: expected a run on {device.type}, found {resume_point['device']}")
-    args.threads = args.threads or num_cores()
-    torch.set_num_threads(args.threads)
+        path = Path(args.resume).expanduser() / "resume.pt"
+        resume_point = read_pt(path, f"resume point of {Path(__file__).name}")
+        default = Args(**resume_point["args"])
+    args = tyro.cli(Args, description=__doc__, default=default)
+    device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
+    needs_cuda = args.device == "cuda" or args.cuda_graph
+    check(device == "cuda" or not needs_cuda, "--device cuda, --cuda-graph: no CUDA device found")
+    if resume_point:
+        found = resume_point["device"]
+        check(found == device, f"--resume: expected a run on {device}, found one on {found}")
+    if args.threads > 0:
+        torch.set_num_threads(args.threads)
+    args.threads = torch.get_num_threads()  # else torch's choice: the cores that it may use
     torch.set_float32_matmul_precision(args.matmul_precision)
     return args, resume_point, device
-
-
-def num_cores() -> int:
-    """CPU cores that this process may use, which on Linux can be fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def find_file(path: str) -> str:
@@ -738,14 +742,13 @@ def find_file(path: str) -> str:
     for candidate in candidates:
         if candidate.is_file():
             return str(candidate)
-    script = "mop_td3_collect.py" if path.startswith("data/") else "mop_pbrl_teacher.py"
-    check(False, f"{path}: not found, nor in pretrained/; {script} makes it")
+    check(False, f"{path}: not found, nor in pretrained/; docs/README.md says what makes it")
 
 
 def make_run_dir(args, name: str) -> Path:
     """The run's folder, a new or an empty one unless it is resumed or overwritten."""
     default = f"runs/{Path(__file__).stem}-{name}-seed{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run_dir = Path(args.run_dir or default).expanduser()
+    run_dir = Path(args.resume or args.run_dir or default).expanduser()
     run_dir.mkdir(parents=True, exist_ok=True)
     free = args.resume or args.overwrite or not any(run_dir.iterdir())
     check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
@@ -754,13 +757,15 @@ def make_run_dir(args, name: str) -> Path:
 
 @cache
 def make_env(task: str):
-    """dm_control's environment of DOMAIN-TASK with flat observations, one per process."""
+    """dm_control's environment of DOMAIN-TASK, one per process, with flat observations and actions
+    in [-1, 1].
+    """
     domain, _, name = task.partition("-")
     check((domain, name) in suite.ALL_TASKS, f"task {task}: not one of the dm_control suite")
     env = suite.load(domain, name, environment_kwargs={"flat_observation": True})
     bounds = env.action_spec()
-    fits = np.all(bounds.minimum == -1) and np.all(bounds.maximum == 1)
-    check(fits, f"task {task}: expected actions in [-1, 1], found other bounds")
+    if np.any(bounds.minimum != -1) or np.any(bounds.maximum != 1):
+        env = action_scale.Wrapper(env, minimum=-1, maximum=1)
     return env
 
 
@@ -769,8 +774,9 @@ def task_sizes(tasks) -> tuple[int, int]:
     sizes = {}
     for task in tasks:
         env = make_env(task)
-        obs_dim = env.observation_spec()["observations"].shape[0]
-        sizes[task] = (obs_dim, env.action_spec().shape[0])
+        (obs_dim,) = env.observation_spec()["observations"].shape
+        (action_dim,) = env.action_spec().shape
+        sizes[task] = (obs_dim, action_dim)
     alike = len(set(sizes.values())) == 1
     check(alike, f"--tasks: expected the same sizes of observations and actions, found {sizes}")
     return sizes[tasks[0]]
@@ -788,13 +794,8 @@ def run_episodes(policy: nn.Module, task: str, seeds, workers: int, **options) -
 
 @cache
 def make_workers(workers: int) -> ProcessPoolExecutor:
-    """Processes that stay for the whole run, since to start them takes seconds."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker)
-
-
-def start_worker() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    """Processes of one thread, which stay for the whole run, since to start them takes seconds."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
 
 
 @torch.no_grad()
@@ -807,27 +808,21 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
     """
     policy = pickle.loads(pickled)
     env = make_env(task)
+    action_dim = env.action_spec().shape[0]
+    episode = {"observations": [], "actions": [], "rewards": [], "physics": []}
     env.task.random.seed(seed)
     time_step = env.reset()
-    obs = flat(time_step)
-    action_dim = env.action_spec().shape[0]
-    episode = {"observations": [obs], "actions": [], "rewards": []}
-    episode["physics"] = [env.physics.get_state()]
-    while not time_step.last():
+    while True:
+        obs = time_step.observation["observations"].astype(np.float32)
+        episode["observations"].append(obs)
+        episode["physics"].append(env.physics.get_state())
+        if time_step.last():
+            return {name: np.array(values) for name, values in episode.items()}
         x = torch.from_numpy(np.append(obs, code).astype(np.float32))
         action = policy(x[None])[0, :action_dim].numpy()
         time_step = env.step(action)
-        obs = flat(time_step)
-        episode["observations"].append(obs)
         episode["actions"].append(action)
         episode["rewards"].append(time_step.reward)
-        episode["physics"].append(env.physics.get_state())
-    return {name: np.array(values) for name, values in episode.items()}
-
-
-def flat(time_step) -> np.ndarray:
-    """The observation of a time step of dm_control, (obs,) float32."""
-    return time_step.observation["observations"].astype(np.float32)
 
 
 def load_dataset(path, task: str, obs_dim: int, action_dim: int) -> dict:
@@ -878,13 +873,11 @@ def relabel(path, data: dict, task: str) -> np.ndarray:
     key = zlib.crc32(data["physics"], zlib.crc32(data["actions"]))
     name = f"{Path(path).stem}.{task}-{mujoco.__version__}-{key:08x}.npy"
     cache_path = Path(path).with_name(name)
-    try:
+    if cache_path.exists():
         rewards = np.load(cache_path, allow_pickle=False)
-        right_type = rewards.dtype == np.float32 and rewards.shape == data["rewards"].shape
-        if right_type and np.isfinite(rewards).all():
-            return rewards
-    except (OSError, ValueError, EOFError):
-        pass  # there is none yet, or it is damaged and made anew
+        fits = rewards.shape == data["rewards"].shape and np.isfinite(rewards).all()
+        check(fits, f"{cache_path}: damaged; delete it, then it is made anew")
+        return rewards
     rewards = compute_rewards(task, data["physics"], data["actions"])
     temporary = cache_path.with_name(f".{os.getpid()}-{name}")  # another run may write the same
     with suppress(OSError):  # where no file can be written, the rewards are computed each time
@@ -955,11 +948,11 @@ def log_returns(writer: SummaryWriter, rows: list, step: int, task: str, episode
     return returns
 
 
-def write_csv(path: Path, header: str, rows: list) -> None:
-    """The rows as a CSV file that appears whole."""
+def write_csv(path: Path, rows: list) -> None:
+    """The rows, the first of which is the header, as a CSV file that appears whole."""
     temporary = path.with_name(f".{path.name}")
-    lines = [header] + [",".join(map(str, row)) for row in rows]
-    temporary.write_text("\n".join(lines) + "\n")
+    with open(temporary, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
     os.replace(temporary, path)
 
 
@@ -972,21 +965,18 @@ def save(path: Path, content: dict) -> None:
     os.replace(temporary, path)
 
 
-def save_resume_point(run_dir: Path, resume_point: dict, step: int, modules, data_key: int) -> None:
+def save_resume_point(run_dir: Path, resume_point: dict, step: int, modules: dict) -> None:
     """Write the CSV files and resume.pt: networks, optimisers and random states at this step."""
-    rows = resume_point["rows"]
-    write_csv(run_dir / "returns.csv", "step,task,episode,return", rows["returns"])
-    write_csv(run_dir / "losses.csv", "step,metric,value", rows["losses"])
+    for name, rows in resume_point["rows"].items():
+        write_csv(run_dir / f"{name}.csv", rows)
     resume_point["step"] = step
-    resume_point["data_key"] = data_key
     resume_point["modules"] = {name: module.state_dict() for name, module in modules.items()}
     resume_point["random_states"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
     save(run_dir / "resume.pt", resume_point)
 
 
-def restore(resume_point: dict, modules: dict, data_key: int) -> None:
+def restore(resume_point: dict, modules: dict) -> None:
     """Networks, optimisers and random states as they were at the resume point."""
-    check(resume_point["data_key"] == data_key, "--resume: expected the same data and teachers")
     for name, module in modules.items():
         module.load_state_dict(resume_point["modules"][name])
     torch.set_rng_state(resume_point["random_states"][0])
@@ -1000,29 +990,6 @@ def check_finite(name, content) -> None:
             check_finite(f"{name}: {key}", part)
     if isinstance(content, torch.Tensor):
         check(content.isfinite().all(), f"{name}: NaN or infinite values")
-
-
-def absolute(**flags) -> dict:
-    """Flags that name a file or files, so that they mean the same in another folder."""
-    paths = {}
-    for flag, value in flags.items():
-        several = isinstance(value, list | tuple)
-        paths[flag] = tuple(map(os.path.abspath, value)) if several else os.path.abspath(value)
-    return paths
-
-
-def check_output(path: Path, args) -> None:
-    """Stop before training where a file would be replaced."""
-    free = args.overwrite or args.resume or not path.exists()
-    check(free, f"{path}: exists; pass --overwrite to replace it")
-
-
-def check_sum(tensors: list) -> int:
-    """CRC of the data that a run learns from, to compare when it is resumed."""
-    crc = 0
-    for tensor in tensors:
-        crc = zlib.crc32(tensor.cpu().numpy(), crc)
-    return crc
 
 
 def check(condition, message: str) -> None:

@@ -21,11 +21,11 @@ Out: checkpoints/<task>-<level>-teacher.pt with actor and critics, and in the ru
 runs/ returns.csv, losses.csv and TensorBoard logs.
 """
 
+import csv
 import json
 import math
 import os
 import pickle
-import signal
 import sys
 import zipfile
 import zlib
@@ -51,6 +51,7 @@ if __name__ == "__main__":
     os.environ["MUJOCO_GL"] = "disable"  # nothing is rendered here, whatever the shell asks for
 import mujoco
 from dm_control import suite
+from dm_control.suite.wrappers import action_scale
 
 SCHEMA_VERSION = 1  # of datasets and checkpoints
 VERSIONS = {
@@ -154,6 +155,8 @@ class Args:
     """factor of beta_ood per step"""
     bc_coef: float = 0.0
     """weight of behaviour cloning in the actor's loss, not in the thesis (docs/pretrained.md)"""
+    bc_temperature: float = 0.1
+    """the lower, the more of the cloning goes to the episodes of the highest return; inf: to all"""
 
     # system
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -268,17 +271,31 @@ def pbrl_critic_loss(critics, target_critics, policy, target_policy, batch, beta
     return in_loss + ood_loss, metrics
 
 
-def pbrl_actor_loss(policy, critics, obs, action, bc_coef: float) -> torch.Tensor:
-    """- mean over the batch of min_k Q_k(s, pi(s)). (B, obs), (B, act) -> ().
+def cloning_weights(rewards: torch.Tensor, ends: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Weights of the transitions in behaviour cloning, by the return R of their episode. (N,).
+
+    w ~ exp((R - R_max) / (temperature (R_max - R_min))), of mean 1: so Hong et al. 2023 (arXiv
+    2306.13085) draw transitions from mixed data. ends: the last transitions of the episodes, (N,).
+    """
+    episode = ends.cumsum(dim=0) - ends.long()  # number of the episode of each transition
+    returns = torch.bincount(episode, rewards.double())
+    spread = (returns.max() - returns.min()).clamp(min=1e-8)
+    weights = ((returns - returns.max()) / spread / temperature).exp()[episode]
+    return (weights / weights.mean()).float()
+
+
+def pbrl_actor_loss(policy, critics, obs, action, weight, bc_coef: float) -> torch.Tensor:
+    """- mean over the batch of min_k Q_k(s, pi(s)). (B, obs), (B, act), (B,) -> ().
 
     With bc_coef > 0 (not in the thesis), the objective of TD3+BC (Fujimoto & Gu 2021, arXiv
-    2106.06860): - mean min_k Q_k / mean |min_k Q_k| + bc_coef * mean || pi(s) - a ||^2.
+    2106.06860) with weights w of `cloning_weights`:
+    - mean min_k Q_k / mean |min_k Q_k| + bc_coef * mean w || pi(s) - a ||^2.
     """
     policy_action = policy(obs)
     q = critics(obs, policy_action).min(dim=0).values  # (B,)
     if bc_coef == 0:
         return -q.mean()
-    cloning_loss = (policy_action - action).square().sum(dim=1).mean()
+    cloning_loss = (weight * (policy_action - action).square().sum(dim=1)).mean()
     return -q.mean() / q.abs().mean().detach() + bc_coef * cloning_loss
 
 
@@ -318,8 +335,12 @@ def main():
     path = args.data or find_file(f"data/{args.task}-{args.level}.npz")
     data = load_dataset(path, args.task, obs_dim, action_dim)
     data_return = np.mean(data["metadata"]["episode_returns"])
-    names = ["observations", "actions", "rewards", "next_observations", "terminals"]
+    names = ["observations", "actions", "rewards", "next_observations", "terminals", "timeouts"]
     transitions = {name: torch.from_numpy(data[name]).to(device) for name in names}
+    ends = transitions["terminals"] | transitions.pop("timeouts")
+    transitions["cloning_weights"] = cloning_weights(
+        transitions["rewards"], ends, args.bc_temperature
+    )
     num_transitions = len(transitions["rewards"])
     print(f"{path}: {num_transitions} transitions, return {data_return:.1f}")
     kind = "teacher" if args.actor == "deterministic" else f"teacher-{args.actor}"
@@ -352,10 +373,11 @@ def main():
         "critic_optimizer": critic_optimizer,
     }
     start = 0
-    rows = {"returns": [], "losses": []}  # of the CSV files
-    data_key = check_sum(transitions.values())
+    rows = {  # of the CSV files
+        "returns": [["step", "task", "episode", "return"]],
+        "losses": [["step", "metric", "value"]],
+    }
     if resume_point:
-        check(resume_point["data_key"] == data_key, "--resume: expected the same data")
         start = resume_point["step"]
         check(start < args.gradient_steps, "--resume: this run has made all its --gradient-steps")
         rows = resume_point["rows"]
@@ -363,7 +385,6 @@ def main():
             module.load_state_dict(resume_point[name])
         for optimizer in (actor_optimizer, critic_optimizer):
             optimizer.param_groups[0]["lr"] = args.learning_rate
-            optimizer.param_groups[0]["capturable"] = args.cuda_graph
         torch.set_rng_state(resume_point["random_states"][0])
         torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
 
@@ -378,10 +399,10 @@ def main():
         critic_optimizer.zero_grad()
         loss.backward()
         critic_optimizer.step()
-        return batch["observations"], batch["actions"], metrics  # for the actor's update
+        return batch["observations"], batch["actions"], batch["cloning_weights"], metrics
 
-    def update_actor(obs, action):
-        loss = pbrl_actor_loss(policy, critics, obs, action, args.bc_coef)
+    def update_actor(obs, action, weight):
+        loss = pbrl_actor_loss(policy, critics, obs, action, weight, args.bc_coef)
         actor_optimizer.zero_grad()
         loss.backward(inputs=list(actor.parameters()))  # gradients for the actor only
         actor_optimizer.step()
@@ -398,9 +419,9 @@ def main():
     for step in progress:
         beta_ood = max(args.beta_ood * args.beta_ood_decay**step, args.beta_ood_min)
         beta_ood = torch.full((), beta_ood, device=device)  # a CUDA graph reads tensors only
-        obs, action, metrics = update_critics(beta_ood)
+        obs, action, weight, metrics = update_critics(beta_ood)
         if step % args.policy_frequency == 0:
-            update_actor(obs, action)
+            update_actor(obs, action, weight)
         update_targets()
         last = step == args.gradient_steps
         evaluate = last or step % args.eval_every == 0
@@ -442,14 +463,14 @@ def main():
             }
             save(output, checkpoint)
         if evaluate:
-            write_csv(run_dir / "returns.csv", "step,task,episode,return", rows["returns"])
-            write_csv(run_dir / "losses.csv", "step,metric,value", rows["losses"])
+            for name in rows:
+                write_csv(run_dir / f"{name}.csv", rows[name])
             resume_point = {
                 "kind": f"resume point of {Path(__file__).name}",
-                "args": vars(args) | absolute(data=path, output=output),
-                "device": device.type,
+                "args": vars(args)
+                | {"data": os.path.abspath(path), "output": os.path.abspath(output)},
+                "device": device,
                 "step": step,
-                "data_key": data_key,
                 "rows": rows,
                 "random_states": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
             }
@@ -466,34 +487,26 @@ def parse_args():
     --scale laptop or else --resume change the defaults; flags that are given win over both.
     """
     args = tyro.cli(Args, description=__doc__)
+    default = Args()
     resume_point = None
     if args.scale == "laptop":
-        laptop_args = replace(Args(), scale="laptop", **LAPTOP)
-        args = tyro.cli(Args, description=__doc__, default=laptop_args)
+        default = replace(default, scale="laptop", **LAPTOP)
     if args.resume:
-        kind = f"resume point of {Path(__file__).name}"
-        run_dir = Path(args.resume).expanduser()
-        resume_point = read_pt(run_dir / "resume.pt", kind)
-        args = tyro.cli(Args, description=__doc__, default=Args(**resume_point["args"]))
-        args.run_dir = str(run_dir)
-    cuda = torch.cuda.is_available()
-    check(cuda or args.device != "cuda", "--device cuda: no CUDA device was found")
-    device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
-    check(device.type == "cuda" or not args.cuda_graph, "--cuda-graph: needs a CUDA device")
-    if args.resume:
-        same = resume_point["device"] == device.type
-        check(same, f"--resume: expected a run on {device.type}, found {resume_point['device']}")
-    args.threads = args.threads or num_cores()
-    torch.set_num_threads(args.threads)
+        path = Path(args.resume).expanduser() / "resume.pt"
+        resume_point = read_pt(path, f"resume point of {Path(__file__).name}")
+        default = Args(**resume_point["args"])
+    args = tyro.cli(Args, description=__doc__, default=default)
+    device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
+    needs_cuda = args.device == "cuda" or args.cuda_graph
+    check(device == "cuda" or not needs_cuda, "--device cuda, --cuda-graph: no CUDA device found")
+    if resume_point:
+        found = resume_point["device"]
+        check(found == device, f"--resume: expected a run on {device}, found one on {found}")
+    if args.threads > 0:
+        torch.set_num_threads(args.threads)
+    args.threads = torch.get_num_threads()  # else torch's choice: the cores that it may use
     torch.set_float32_matmul_precision(args.matmul_precision)
     return args, resume_point, device
-
-
-def num_cores() -> int:
-    """CPU cores that this process may use, which on Linux can be fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def find_file(path: str) -> str:
@@ -504,14 +517,13 @@ def find_file(path: str) -> str:
     for candidate in candidates:
         if candidate.is_file():
             return str(candidate)
-    script = "mop_td3_collect.py" if path.startswith("data/") else "mop_pbrl_teacher.py"
-    check(False, f"{path}: not found, nor in pretrained/; {script} makes it")
+    check(False, f"{path}: not found, nor in pretrained/; docs/README.md says what makes it")
 
 
 def make_run_dir(args, name: str) -> Path:
     """The run's folder, a new or an empty one unless it is resumed or overwritten."""
     default = f"runs/{Path(__file__).stem}-{name}-seed{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run_dir = Path(args.run_dir or default).expanduser()
+    run_dir = Path(args.resume or args.run_dir or default).expanduser()
     run_dir.mkdir(parents=True, exist_ok=True)
     free = args.resume or args.overwrite or not any(run_dir.iterdir())
     check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
@@ -520,13 +532,15 @@ def make_run_dir(args, name: str) -> Path:
 
 @cache
 def make_env(task: str):
-    """dm_control's environment of DOMAIN-TASK with flat observations, one per process."""
+    """dm_control's environment of DOMAIN-TASK, one per process, with flat observations and actions
+    in [-1, 1].
+    """
     domain, _, name = task.partition("-")
     check((domain, name) in suite.ALL_TASKS, f"task {task}: not one of the dm_control suite")
     env = suite.load(domain, name, environment_kwargs={"flat_observation": True})
     bounds = env.action_spec()
-    fits = np.all(bounds.minimum == -1) and np.all(bounds.maximum == 1)
-    check(fits, f"task {task}: expected actions in [-1, 1], found other bounds")
+    if np.any(bounds.minimum != -1) or np.any(bounds.maximum != 1):
+        env = action_scale.Wrapper(env, minimum=-1, maximum=1)
     return env
 
 
@@ -535,8 +549,9 @@ def task_sizes(tasks) -> tuple[int, int]:
     sizes = {}
     for task in tasks:
         env = make_env(task)
-        obs_dim = env.observation_spec()["observations"].shape[0]
-        sizes[task] = (obs_dim, env.action_spec().shape[0])
+        (obs_dim,) = env.observation_spec()["observations"].shape
+        (action_dim,) = env.action_spec().shape
+        sizes[task] = (obs_dim, action_dim)
     alike = len(set(sizes.values())) == 1
     check(alike, f"--tasks: expected the same sizes of observations and actions, found {sizes}")
     return sizes[tasks[0]]
@@ -554,13 +569,8 @@ def run_episodes(policy: nn.Module, task: str, seeds, workers: int, **options) -
 
 @cache
 def make_workers(workers: int) -> ProcessPoolExecutor:
-    """Processes that stay for the whole run, since to start them takes seconds."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker)
-
-
-def start_worker() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    """Processes of one thread, which stay for the whole run, since to start them takes seconds."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
 
 
 @torch.no_grad()
@@ -573,27 +583,21 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
     """
     policy = pickle.loads(pickled)
     env = make_env(task)
+    action_dim = env.action_spec().shape[0]
+    episode = {"observations": [], "actions": [], "rewards": [], "physics": []}
     env.task.random.seed(seed)
     time_step = env.reset()
-    obs = flat(time_step)
-    action_dim = env.action_spec().shape[0]
-    episode = {"observations": [obs], "actions": [], "rewards": []}
-    episode["physics"] = [env.physics.get_state()]
-    while not time_step.last():
+    while True:
+        obs = time_step.observation["observations"].astype(np.float32)
+        episode["observations"].append(obs)
+        episode["physics"].append(env.physics.get_state())
+        if time_step.last():
+            return {name: np.array(values) for name, values in episode.items()}
         x = torch.from_numpy(np.append(obs, code).astype(np.float32))
         action = policy(x[None])[0, :action_dim].numpy()
         time_step = env.step(action)
-        obs = flat(time_step)
-        episode["observations"].append(obs)
         episode["actions"].append(action)
         episode["rewards"].append(time_step.reward)
-        episode["physics"].append(env.physics.get_state())
-    return {name: np.array(values) for name, values in episode.items()}
-
-
-def flat(time_step) -> np.ndarray:
-    """The observation of a time step of dm_control, (obs,) float32."""
-    return time_step.observation["observations"].astype(np.float32)
 
 
 def load_dataset(path, task: str, obs_dim: int, action_dim: int) -> dict:
@@ -659,11 +663,11 @@ def log_returns(writer: SummaryWriter, rows: list, step: int, task: str, episode
     return returns
 
 
-def write_csv(path: Path, header: str, rows: list) -> None:
-    """The rows as a CSV file that appears whole."""
+def write_csv(path: Path, rows: list) -> None:
+    """The rows, the first of which is the header, as a CSV file that appears whole."""
     temporary = path.with_name(f".{path.name}")
-    lines = [header] + [",".join(map(str, row)) for row in rows]
-    temporary.write_text("\n".join(lines) + "\n")
+    with open(temporary, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
     os.replace(temporary, path)
 
 
@@ -685,27 +689,10 @@ def check_finite(name, content) -> None:
         check(content.isfinite().all(), f"{name}: NaN or infinite values")
 
 
-def absolute(**flags) -> dict:
-    """Flags that name a file or files, so that they mean the same in another folder."""
-    paths = {}
-    for flag, value in flags.items():
-        several = isinstance(value, list | tuple)
-        paths[flag] = tuple(map(os.path.abspath, value)) if several else os.path.abspath(value)
-    return paths
-
-
 def check_output(path: Path, args) -> None:
     """Stop before training where a file would be replaced."""
     free = args.overwrite or args.resume or not path.exists()
     check(free, f"{path}: exists; pass --overwrite to replace it")
-
-
-def check_sum(tensors: list) -> int:
-    """CRC of the data that a run learns from, to compare when it is resumed."""
-    crc = 0
-    for tensor in tensors:
-        crc = zlib.crc32(tensor.cpu().numpy(), crc)
-    return crc
 
 
 def check(condition, message: str) -> None:

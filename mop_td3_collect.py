@@ -21,11 +21,11 @@ Out: checkpoints/<task>-<level>-behavior.pt, data/<task>-<level>.npz, and in the
 runs/ returns.csv, losses.csv and TensorBoard logs.
 """
 
+import csv
 import json
 import math
 import os
 import pickle
-import signal
 import sys
 import zipfile
 import zlib
@@ -51,6 +51,7 @@ if __name__ == "__main__":
     os.environ["MUJOCO_GL"] = "disable"  # nothing is rendered here, whatever the shell asks for
 import mujoco
 from dm_control import suite
+from dm_control.suite.wrappers import action_scale
 
 SCHEMA_VERSION = 1  # of datasets and checkpoints
 VERSIONS = {
@@ -288,7 +289,10 @@ def train(args, resume_point, device) -> None:
         "critic_optimizer": critic_optimizer,
     }
     start = 0
-    rows = {"returns": [], "losses": []}  # of the CSV files
+    rows = {  # of the CSV files
+        "returns": [["step", "task", "episode", "return"]],
+        "losses": [["step", "metric", "value"]],
+    }
     policies = {}  # level -> step and weights of that behaviour
     if resume_point:
         check(resume_point["args"]["task"] == args.task, "--resume: expected the same task")
@@ -302,7 +306,6 @@ def train(args, resume_point, device) -> None:
             module.load_state_dict(resume_point[name])
         for optimizer in (actor_optimizer, critic_optimizer):
             optimizer.param_groups[0]["lr"] = args.learning_rate
-            optimizer.param_groups[0]["capturable"] = args.cuda_graph
         torch.set_rng_state(resume_point["random_states"][0])
         torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
 
@@ -384,12 +387,12 @@ def train(args, resume_point, device) -> None:
                 policies["medium"] = policy
             if step == args.total_timesteps:
                 policies["expert"] = policy
-            write_csv(run_dir / "returns.csv", "step,task,episode,return", rows["returns"])
-            write_csv(run_dir / "losses.csv", "step,metric,value", rows["losses"])
+            for name in rows:
+                write_csv(run_dir / f"{name}.csv", rows[name])
             resume_point = {
                 "kind": f"resume point of {Path(__file__).name}",
                 "args": vars(args),
-                "device": device.type,
+                "device": device,
                 "step": step,
                 "rows": rows,
                 "policies": policies,
@@ -531,40 +534,32 @@ def parse_args():
     --scale laptop or else --resume change the defaults; flags that are given win over both.
     """
     args = tyro.cli(Args, description=__doc__)
+    default = Args()
     resume_point = None
     if args.scale == "laptop":
-        laptop_args = replace(Args(), scale="laptop", **LAPTOP)
-        args = tyro.cli(Args, description=__doc__, default=laptop_args)
+        default = replace(default, scale="laptop", **LAPTOP)
     if args.resume:
-        kind = f"resume point of {Path(__file__).name}"
-        run_dir = Path(args.resume).expanduser()
-        resume_point = read_pt(run_dir / "resume.pt", kind)
-        args = tyro.cli(Args, description=__doc__, default=Args(**resume_point["args"]))
-        args.run_dir = str(run_dir)
-    cuda = torch.cuda.is_available()
-    check(cuda or args.device != "cuda", "--device cuda: no CUDA device was found")
-    device = torch.device("cuda" if cuda and args.device != "cpu" else "cpu")
-    check(device.type == "cuda" or not args.cuda_graph, "--cuda-graph: needs a CUDA device")
-    if args.resume:
-        same = resume_point["device"] == device.type
-        check(same, f"--resume: expected a run on {device.type}, found {resume_point['device']}")
-    args.threads = args.threads or num_cores()
-    torch.set_num_threads(args.threads)
+        path = Path(args.resume).expanduser() / "resume.pt"
+        resume_point = read_pt(path, f"resume point of {Path(__file__).name}")
+        default = Args(**resume_point["args"])
+    args = tyro.cli(Args, description=__doc__, default=default)
+    device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
+    needs_cuda = args.device == "cuda" or args.cuda_graph
+    check(device == "cuda" or not needs_cuda, "--device cuda, --cuda-graph: no CUDA device found")
+    if resume_point:
+        found = resume_point["device"]
+        check(found == device, f"--resume: expected a run on {device}, found one on {found}")
+    if args.threads > 0:
+        torch.set_num_threads(args.threads)
+    args.threads = torch.get_num_threads()  # else torch's choice: the cores that it may use
     torch.set_float32_matmul_precision(args.matmul_precision)
     return args, resume_point, device
-
-
-def num_cores() -> int:
-    """CPU cores that this process may use, which on Linux can be fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def make_run_dir(args, name: str) -> Path:
     """The run's folder, a new or an empty one unless it is resumed or overwritten."""
     default = f"runs/{Path(__file__).stem}-{name}-seed{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run_dir = Path(args.run_dir or default).expanduser()
+    run_dir = Path(args.resume or args.run_dir or default).expanduser()
     run_dir.mkdir(parents=True, exist_ok=True)
     free = args.resume or args.overwrite or not any(run_dir.iterdir())
     check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
@@ -573,13 +568,15 @@ def make_run_dir(args, name: str) -> Path:
 
 @cache
 def make_env(task: str):
-    """dm_control's environment of DOMAIN-TASK with flat observations, one per process."""
+    """dm_control's environment of DOMAIN-TASK, one per process, with flat observations and actions
+    in [-1, 1].
+    """
     domain, _, name = task.partition("-")
     check((domain, name) in suite.ALL_TASKS, f"task {task}: not one of the dm_control suite")
     env = suite.load(domain, name, environment_kwargs={"flat_observation": True})
     bounds = env.action_spec()
-    fits = np.all(bounds.minimum == -1) and np.all(bounds.maximum == 1)
-    check(fits, f"task {task}: expected actions in [-1, 1], found other bounds")
+    if np.any(bounds.minimum != -1) or np.any(bounds.maximum != 1):
+        env = action_scale.Wrapper(env, minimum=-1, maximum=1)
     return env
 
 
@@ -588,8 +585,9 @@ def task_sizes(tasks) -> tuple[int, int]:
     sizes = {}
     for task in tasks:
         env = make_env(task)
-        obs_dim = env.observation_spec()["observations"].shape[0]
-        sizes[task] = (obs_dim, env.action_spec().shape[0])
+        (obs_dim,) = env.observation_spec()["observations"].shape
+        (action_dim,) = env.action_spec().shape
+        sizes[task] = (obs_dim, action_dim)
     alike = len(set(sizes.values())) == 1
     check(alike, f"--tasks: expected the same sizes of observations and actions, found {sizes}")
     return sizes[tasks[0]]
@@ -607,13 +605,8 @@ def run_episodes(policy: nn.Module, task: str, seeds, workers: int, **options) -
 
 @cache
 def make_workers(workers: int) -> ProcessPoolExecutor:
-    """Processes that stay for the whole run, since to start them takes seconds."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker)
-
-
-def start_worker() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    """Processes of one thread, which stay for the whole run, since to start them takes seconds."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
 
 
 @torch.no_grad()
@@ -627,26 +620,25 @@ def run_episode(pickled: bytes, task: str, seed: int, mix: str = "online") -> di
     """
     policy = pickle.loads(pickled)
     env = make_env(task)
-    env.task.random.seed(seed)
-    rng = np.random.default_rng(seed)
-    time_step = env.reset()
-    obs = flat(time_step)
     action_dim = env.action_spec().shape[0]
-    episode = {"observations": [obs], "actions": [], "rewards": []}
-    episode["physics"] = [env.physics.get_state()]
-    while not time_step.last():
+    episode = {"observations": [], "actions": [], "rewards": [], "physics": []}
+    rng = np.random.default_rng(seed)
+    env.task.random.seed(seed)
+    time_step = env.reset()
+    while True:
+        obs = time_step.observation["observations"].astype(np.float32)
+        episode["observations"].append(obs)
+        episode["physics"].append(env.physics.get_state())
+        if time_step.last():
+            return {name: np.array(values) for name, values in episode.items()}
         action = policy(torch.from_numpy(obs)[None])[0, :action_dim].numpy()
         if mix == "noise":
             action = np.clip(action + rng.standard_normal(action_dim), -1, 1).astype(np.float32)
         elif mix in ("random90", "random99"):
             action = rng.uniform(-1, 1, action_dim).astype(np.float32)
         time_step = env.step(action)
-        obs = flat(time_step)
-        episode["observations"].append(obs)
         episode["actions"].append(action)
         episode["rewards"].append(time_step.reward)
-        episode["physics"].append(env.physics.get_state())
-    return {name: np.array(values) for name, values in episode.items()}
 
 
 def flat(time_step) -> np.ndarray:
@@ -698,11 +690,11 @@ def log_returns(writer: SummaryWriter, rows: list, step: int, task: str, episode
     return returns
 
 
-def write_csv(path: Path, header: str, rows: list) -> None:
-    """The rows as a CSV file that appears whole."""
+def write_csv(path: Path, rows: list) -> None:
+    """The rows, the first of which is the header, as a CSV file that appears whole."""
     temporary = path.with_name(f".{path.name}")
-    lines = [header] + [",".join(map(str, row)) for row in rows]
-    temporary.write_text("\n".join(lines) + "\n")
+    with open(temporary, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
     os.replace(temporary, path)
 
 
