@@ -25,7 +25,7 @@ Kornblith et al. 2019 (arXiv 1905.00414).
 In: checkpoints, datasets; any or all of them.
 
 Out: in the run's folder under runs/ measure.json with everything; of a student also activations.png
-and activations_sorted.png (Fig. 6.3) and <task>.gif.
+and activations_sorted.png (Fig. 6.3) and <task>.gif; of others <checkpoint>-<row>-<task>.gif.
 """
 
 import json
@@ -60,6 +60,7 @@ if __name__ == "__main__":
     os.environ["MUJOCO_GL"] = "disable"  # GIFs are rendered in another process, see write_gifs
 import mujoco
 from dm_control import suite
+from dm_control.rl.control import PhysicsError
 from dm_control.suite.wrappers import action_scale
 
 SCHEMA_VERSION = 1  # of datasets and checkpoints
@@ -103,7 +104,7 @@ class Args:
     overwrite: bool = False
     """replace files of an earlier run"""
     gif: bool = True
-    """render the student's first episode of each task"""
+    """render every policy's first episode of each task"""
 
     # algorithm
     tau_states: int = 100_000
@@ -490,10 +491,11 @@ def main():
     report = {"args": vars(args), "versions": VERSIONS}
     start = time.time()
 
+    films = {}  # name -> task and physics states of the first episode
+
     # the student in each task, under its own id
     if args.student:
         visited = {}
-        films = {}  # physics states of the first episode
         report["student"] = {
             "checkpoint": Path(args.student).name,
             "kind": checkpoint["kind"],
@@ -508,7 +510,7 @@ def main():
             episodes = run_episodes(student, task, seeds, args.threads, code=codes[i].tolist())
             states = np.concatenate([episode["observations"][:-1] for episode in episodes])
             visited[task] = torch.from_numpy(states).to(device)
-            films[task] = episodes[0]["physics"]
+            films[task] = (task, episodes[0]["physics"])
             report["returns"][task] = return_statistics(episodes)
             report["states"][task] = len(states)
             print(f"{task}: return {text_of(report['returns'][task])}, {len(episodes)} episodes")
@@ -531,9 +533,10 @@ def main():
     # every policy under the reward of every task
     if teachers:
         report["cross_task"] = []
-    for path, teacher in zip(args.teachers, teachers, strict=True):
+    for i, teacher in enumerate(teachers):
+        path = Path(args.teachers[i])
         row = {
-            "checkpoint": Path(path).name,
+            "checkpoint": path.name,
             "kind": teacher["kind"],
             "task": teacher["tasks"][0],
             "returns": {},
@@ -543,6 +546,7 @@ def main():
         for task in args.tasks:
             seeds = range(EVAL_SEED, EVAL_SEED + args.cross_episodes)
             episodes = run_episodes(actor, task, seeds, args.threads)
+            films[f"{path.stem}-{i}-{task}"] = (task, episodes[0]["physics"])
             row["returns"][task] = return_statistics(episodes)
             line += f" {task} {text_of(row['returns'][task])}"
         report["cross_task"].append(row)
@@ -562,14 +566,11 @@ def main():
         print(f"AUC {shift['auc']:.3f}, accuracy {shift['accuracy']:.3f}")
 
     # pictures, files
-    if args.student and args.gif:
+    if films and args.gif:
         reason = write_gifs(films, run_dir)
-        report["gif"] = None if reason else {task: f"{task}.gif" for task in student_tasks}
-        if reason:
-            report["gif_reason"] = reason
-            print(f"no GIF: {reason}")
-        else:
-            print(f"wrote {', '.join(report['gif'].values())} in {run_dir}")
+        report["gif"] = None if reason else [f"{name}.gif" for name in films]
+        report["gif_reason"] = reason
+        print(f"no GIF: {reason}" if reason else f"wrote {', '.join(report['gif'])} in {run_dir}")
     report["seconds"] = round(time.time() - start)
     temporary = run_dir / ".measure.json"
     temporary.write_text(json.dumps(null_for_nan(report), indent=1) + "\n")
@@ -661,12 +662,16 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
         episode["observations"].append(obs)
         episode["physics"].append(env.physics.get_state())
         if time_step.last():
-            return {name: np.array(values) for name, values in episode.items()}
+            break
         x = torch.from_numpy(np.append(obs, code).astype(np.float32))
         action = policy(x[None])[0, :action_dim].numpy()
-        time_step = env.step(action)
+        try:
+            time_step = env.step(action)
+        except PhysicsError:  # an unstable state: the episode counts as it stands
+            break
         episode["actions"].append(action)
         episode["rewards"].append(time_step.reward)
+    return {name: np.array(values) for name, values in episode.items()}
 
 
 def return_statistics(episodes: list) -> dict:
@@ -765,7 +770,7 @@ def plot_activations(path: Path, report: dict, ascending: bool) -> None:
 
 
 def write_gifs(films: dict, run_dir: Path) -> str | None:
-    """run_dir/<task>.gif of every task's physics states -> None, or why there is no GIF.
+    """run_dir/<name>.gif of every film (task, physics states) -> None, or why there is no GIF.
 
     A process of its own renders, since dm_control takes the GL library from MUJOCO_GL when it is
     imported, and one that is missing or crashes then costs nothing but the GIFs.
@@ -776,8 +781,8 @@ def write_gifs(films: dict, run_dir: Path) -> str | None:
         os.environ["MUJOCO_GL"] = library  # the new process takes over this environment
         try:
             with ProcessPoolExecutor(1, get_context("spawn")) as executor:
-                for task, states in films.items():
-                    executor.submit(write_gif, run_dir / f"{task}.gif", task, states).result()
+                for name, (task, states) in films.items():
+                    executor.submit(write_gif, run_dir / f"{name}.gif", task, states).result()
             return None
         except Exception as error:  # whatever the library does
             reasons.append(f"{library} (Debian: apt-get install {packages}): {error!r:.300}")

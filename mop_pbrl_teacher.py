@@ -51,6 +51,7 @@ if __name__ == "__main__":
     os.environ["MUJOCO_GL"] = "disable"  # nothing is rendered here, whatever the shell asks for
 import mujoco
 from dm_control import suite
+from dm_control.rl.control import PhysicsError
 from dm_control.suite.wrappers import action_scale
 
 SCHEMA_VERSION = 1  # of datasets and checkpoints
@@ -592,12 +593,16 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
         episode["observations"].append(obs)
         episode["physics"].append(env.physics.get_state())
         if time_step.last():
-            return {name: np.array(values) for name, values in episode.items()}
+            break
         x = torch.from_numpy(np.append(obs, code).astype(np.float32))
         action = policy(x[None])[0, :action_dim].numpy()
-        time_step = env.step(action)
+        try:
+            time_step = env.step(action)
+        except PhysicsError:  # an unstable state: the episode counts as it stands
+            break
         episode["actions"].append(action)
         episode["rewards"].append(time_step.reward)
+    return {name: np.array(values) for name, values in episode.items()}
 
 
 def load_dataset(path, task: str, obs_dim: int, action_dim: int) -> dict:

@@ -51,6 +51,7 @@ if __name__ == "__main__":
     os.environ["MUJOCO_GL"] = "disable"  # nothing is rendered here, whatever the shell asks for
 import mujoco
 from dm_control import suite
+from dm_control.rl.control import PhysicsError
 from dm_control.suite.wrappers import action_scale
 
 SCHEMA_VERSION = 1  # of datasets and checkpoints
@@ -248,7 +249,8 @@ def train(args, resume_point, device) -> None:
     """TD3 on one task, then checkpoints of the medium and the expert behaviour, and datasets."""
     obs_dim, action_dim = task_sizes([args.task])
     env = make_env(args.task)
-    length = int(env._step_limit)  # of an episode
+    check(env._step_limit < math.inf, f"--task {args.task}: its episodes have no end")
+    length = int(env._step_limit)
     # evaluation may use the same environment, so it has to fall between two episodes
     fits = args.eval_every % length == 0 and args.total_timesteps % length == 0
     check(fits, f"--eval-every, --total-timesteps: expected multiples of the episode's {length}")
@@ -358,7 +360,10 @@ def train(args, resume_point, device) -> None:
                 metrics["loss/actor"] = update_actor_and_targets(batch[0])
 
         # environment
-        time_step = env.step(action.numpy())
+        try:
+            time_step = env.step(action.numpy())
+        except PhysicsError as error:
+            check(False, f"step {step}: {args.task}: {error}")
         next_obs = flat(time_step)
         transition = np.concatenate([obs, action.numpy(), [time_step.reward], next_obs])
         replay[step - 1] = torch.from_numpy(transition)
@@ -479,6 +484,8 @@ def collect(policy_path, mix: str, path: Path, args) -> None:
         "timeouts": np.arange(1, num_episodes * length + 1) % length == 0,
         "physics": np.concatenate([episode["physics"][1:] for episode in episodes]),
     }
+    whole = len(data["rewards"]) == num_episodes * length
+    check(whole, f"{policy_path}: an episode ended early, in an unstable physics state")
     for name, array in data.items():
         data[name] = array[: args.num_transitions]
     data["timeouts"][-1] = True  # where the last episode is cut short
@@ -630,15 +637,19 @@ def run_episode(pickled: bytes, task: str, seed: int, mix: str = "online") -> di
         episode["observations"].append(obs)
         episode["physics"].append(env.physics.get_state())
         if time_step.last():
-            return {name: np.array(values) for name, values in episode.items()}
+            break
         action = policy(torch.from_numpy(obs)[None])[0, :action_dim].numpy()
         if mix == "noise":
             action = np.clip(action + rng.standard_normal(action_dim), -1, 1).astype(np.float32)
         elif mix in ("random90", "random99"):
             action = rng.uniform(-1, 1, action_dim).astype(np.float32)
-        time_step = env.step(action)
+        try:
+            time_step = env.step(action)
+        except PhysicsError:  # an unstable state: the episode counts as it stands
+            break
         episode["actions"].append(action)
         episode["rewards"].append(time_step.reward)
+    return {name: np.array(values) for name, values in episode.items()}
 
 
 def flat(time_step) -> np.ndarray:
