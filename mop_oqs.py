@@ -433,7 +433,7 @@ def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_
     critic_optimizer = adam(critics.parameters())
 
     # resume
-    modules = {
+    trained = {  # what a resume point holds
         "actor": actor,
         "critics": critics,
         "target_actor": target_actor,
@@ -444,7 +444,7 @@ def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_
     start = resume_point["step"]
     rows = resume_point["rows"]
     if start > 0:
-        restore(resume_point, modules)
+        restore(resume_point, trained)
         for optimizer in (actor_optimizer, critic_optimizer):
             optimizer.param_groups[0]["lr"] = args.teacher_learning_rate
 
@@ -524,7 +524,7 @@ def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_
             }
             save(job.path, checkpoint)
         if evaluate:
-            save_resume_point(run_dir, resume_point, step, modules)
+            save_resume_point(run_dir, resume_point, step, trained)
 
 
 def main():
@@ -646,11 +646,11 @@ def main():
     optimizer = adam(student.parameters())
 
     # resume
-    modules = {"student": student, "optimizer": optimizer}
+    trained = {"student": student, "optimizer": optimizer}
     start = resume_point["step"]
     rows = resume_point["rows"]
     if start > 0:
-        restore(resume_point, modules)
+        restore(resume_point, trained)
         optimizer.param_groups[0]["lr"] = args.learning_rate
 
     def update() -> dict:
@@ -718,7 +718,7 @@ def main():
             }
             save(run_dir / "student.pt", checkpoint)
         if evaluate:
-            save_resume_point(run_dir, resume_point, step, modules)
+            save_resume_point(run_dir, resume_point, step, trained)
     print(f"wrote student.pt, the new teachers, returns.csv and losses.csv in {run_dir}")
 
 
@@ -986,20 +986,20 @@ def save(path: Path, content: dict) -> None:
     os.replace(temporary, path)
 
 
-def save_resume_point(run_dir: Path, resume_point: dict, step: int, modules: dict) -> None:
+def save_resume_point(run_dir: Path, resume_point: dict, step: int, trained: dict) -> None:
     """Write the CSV files and resume.pt: networks, optimisers and random states at this step."""
     for name, rows in resume_point["rows"].items():
         write_csv(run_dir / f"{name}.csv", rows)
     resume_point["step"] = step
-    resume_point["modules"] = {name: module.state_dict() for name, module in modules.items()}
+    resume_point["trained"] = {name: part.state_dict() for name, part in trained.items()}
     resume_point["random_states"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
     save(run_dir / "resume.pt", resume_point)
 
 
-def restore(resume_point: dict, modules: dict) -> None:
+def restore(resume_point: dict, trained: dict) -> None:
     """Networks, optimisers and random states as they were at the resume point."""
-    for name, module in modules.items():
-        module.load_state_dict(resume_point["modules"][name])
+    for name, part in trained.items():
+        part.load_state_dict(resume_point["trained"][name])
     torch.set_rng_state(resume_point["random_states"][0])
     torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
 

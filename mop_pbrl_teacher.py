@@ -365,7 +365,7 @@ def main():
     target_policy = partial(act, target_actor, log_std_bounds)
 
     # resume
-    modules = {
+    trained = {  # what a resume point holds
         "actor": actor,
         "critics": critics,
         "target_actor": target_actor,
@@ -382,8 +382,8 @@ def main():
         start = resume_point["step"]
         check(start < args.gradient_steps, "--resume: this run has made all its --gradient-steps")
         rows = resume_point["rows"]
-        for name, module in modules.items():
-            module.load_state_dict(resume_point[name])
+        for name, part in trained.items():
+            part.load_state_dict(resume_point[name])
         for optimizer in (actor_optimizer, critic_optimizer):
             optimizer.param_groups[0]["lr"] = args.learning_rate
         torch.set_rng_state(resume_point["random_states"][0])
@@ -475,8 +475,8 @@ def main():
                 "rows": rows,
                 "random_states": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
             }
-            for name, module in modules.items():
-                resume_point[name] = module.state_dict()
+            for name, part in trained.items():
+                resume_point[name] = part.state_dict()
             save(run_dir / "resume.pt", resume_point)
     print(f"wrote {output}, and returns.csv and losses.csv in {run_dir}")
 

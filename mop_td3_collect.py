@@ -282,7 +282,7 @@ def train(args, resume_point, device) -> None:
     physics = torch.zeros(args.total_timesteps, len(env.physics.get_state()), dtype=torch.float64)
 
     # resume
-    modules = {
+    trained = {  # what a resume point holds
         "actor": actor,
         "critics": critics,
         "target_actor": target_actor,
@@ -304,8 +304,8 @@ def train(args, resume_point, device) -> None:
         policies = resume_point["policies"]
         replay[:start] = resume_point["replay"].to(device)
         physics[:start] = resume_point["physics"]
-        for name, module in modules.items():
-            module.load_state_dict(resume_point[name])
+        for name, part in trained.items():
+            part.load_state_dict(resume_point[name])
         for optimizer in (actor_optimizer, critic_optimizer):
             optimizer.param_groups[0]["lr"] = args.learning_rate
         torch.set_rng_state(resume_point["random_states"][0])
@@ -405,8 +405,8 @@ def train(args, resume_point, device) -> None:
                 "physics": physics[:step].clone(),
                 "random_states": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
             }
-            for name, module in modules.items():
-                resume_point[name] = module.state_dict()
+            for name, part in trained.items():
+                resume_point[name] = part.state_dict()
             save(run_dir / "resume.pt", resume_point)
     writer.close()
 

@@ -383,15 +383,15 @@ def main():
         target_policies.append(partial(act, target_actor, log_std_bounds, codes[i]))
 
     # resume
-    modules = {
+    trained = {  # what a resume point holds
         "actor": actor,
         "target_actor": target_actor,
         "actor_optimizer": actor_optimizer,
     }
     for i in range(num_tasks):
-        modules[f"critics_{i}"] = critics[i]
-        modules[f"target_critics_{i}"] = target_critics[i]
-        modules[f"critic_optimizer_{i}"] = critic_optimizers[i]
+        trained[f"critics_{i}"] = critics[i]
+        trained[f"target_critics_{i}"] = target_critics[i]
+        trained[f"critic_optimizer_{i}"] = critic_optimizers[i]
     start = 0
     rows = {  # of the CSV files
         "returns": [["step", "task", "episode", "return"]],
@@ -400,8 +400,8 @@ def main():
     if resume_point:
         start = resume_point["step"]
         rows = resume_point["rows"]
-        for name, module in modules.items():
-            module.load_state_dict(resume_point[name])
+        for name, part in trained.items():
+            part.load_state_dict(resume_point[name])
         for optimizer in (actor_optimizer, *critic_optimizers):
             optimizer.param_groups[0]["lr"] = args.learning_rate
         torch.set_rng_state(resume_point["random_states"][0])
@@ -510,8 +510,8 @@ def main():
                 "rows": rows,
                 "random_states": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
             }
-            for name, module in modules.items():
-                resume_point[name] = module.state_dict()
+            for name, part in trained.items():
+                resume_point[name] = part.state_dict()
             save(run_dir / "resume.pt", resume_point)
     print(f"wrote {output}, and returns.csv and losses.csv in {run_dir}")
 
