@@ -1,17 +1,23 @@
-"""The figures and tables of docs/results.md, from the CSVs in docs/results/<scale>/.
+"""The figures and tables of docs/results.md and docs/results/*.md, from docs/results/<scale>/*.csv.
 
     python reproduce/figures.py --scale laptop
 
-Out: docs/results/<scale>/<name>.png, and in docs/results.md what stands between
-`<!-- table <scale> <name> -->` and `<!-- end -->`. What the thesis's text says, and of which
+Out: docs/results/<scale>/<name>.png, and on the pages what stands between a marker and
+`<!-- end -->`. Markers: `<!-- glance -->` and `<!-- picture <name> -->` in docs/results.md,
+`<!-- table <name> -->` in docs/results/<name>.md. What the thesis's text says, and of which
 quantities, stands in findings.csv beside this file.
 
 A quantity is FOLDER?COLUMN=VALUE&..: per seed the mean over these rows of FOLDER/seed<s>.csv, at
 its last step (FOLDER/tau: of seed<s>-tau.csv). With #1 it is seed 1's alone, a constant. A | B is
 the higher of A, a constant, and B.
+
+The laptop's teachers clone their data in one of two ways, all of it alike (the old results) or
+weighted by the return of the episode. The CSVs that alike.sha256 lists with their checksums are the
+old ones; any other CSV is of weighted teachers. No comparison and no picture has runs of both.
 """
 
 import csv
+import hashlib
 import itertools
 import re
 from collections import Counter, defaultdict
@@ -43,7 +49,28 @@ CLAIMS = {  # a CLAIM b holds if sign * (a - b - margin * |b|) > 0
     "falls short": (-1, -0.05),
     "not above": (-1, 0.05),
 }
-VERDICTS = "as the thesis", "against the thesis", "open", "one seed", "not run"
+VERDICTS = "as the thesis", "against the thesis", "open", "one seed", "being replaced", "not run"
+HEADER = ("a against b", "thesis: a .. b", "ours: a", "ours: b", "a - b", "verdict")
+RECIPES = "", "weighted", "alike"  # how the teachers clone their data; "": no cloning is in it
+WITHOUT_CLONING = "behavior", "teacher-plain", "naive-plain", "frozen-plain"
+SCALES = "laptop", "thesis"
+TITLES = {  # of the pages in docs/results/, in the thesis's order
+    "fig51": "Fig. 5.1",
+    "fig53": "Fig. 5.3",
+    "fig54": "Fig. 5.4",
+    "fig55": "Fig. 5.5",
+    "fig57": "Fig. 5.7",
+    "section52": "Section 5.2",
+    "fig58": "Fig. 5.8",
+    "table61": "Table 6.1",
+    "fig63": "Fig. 6.3",
+    "fig64": "Fig. 6.4",
+    "fig65": "Fig. 6.5",
+    "fig69": "Fig. 6.9",
+    "table62": "Table 6.2",
+    "table63": "Table 6.3",
+    "appendixE": "Appendix E",
+}
 BEHAVIORS = {
     "medium": ("463", "691"),
     "expert": ("979", "907"),
@@ -57,9 +84,31 @@ RETURN, NOTE = (
 )
 
 
+def recipe_of(path: Path, folder: Path, old: set[str]) -> str:
+    """Of the teachers behind a CSV. old: lines of alike.sha256, as sha256sum writes them."""
+    name = path.relative_to(folder)
+    if not old or name.parts[0] in WITHOUT_CLONING:
+        return ""
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    return "alike" if f"{checksum}  {name}" in old else "weighted"
+
+
+def of_recipe(data, recipe: str):
+    """The runs of this recipe, and those without cloning."""
+    chosen = defaultdict(dict)
+    for key, seeds in data.items():
+        for seed, rows in seeds.items():
+            if rows[0]["recipe"] in (recipe, ""):
+                chosen[key][seed] = rows
+    return chosen
+
+
 def load(folder: Path) -> dict[str, dict[int, list[dict]]]:
-    """FOLDER, FOLDER/tau, FOLDER/activations -> seed -> rows, with the value as "y"."""
+    """FOLDER, FOLDER/tau, FOLDER/activations -> seed -> rows, with "y", the value, and "recipe"."""
     data = defaultdict(dict)
+    old = set()
+    if (folder / "alike.sha256").is_file():
+        old = set((folder / "alike.sha256").read_text().splitlines())
     for path in sorted(folder.rglob("*.csv")):
         key = list(path.parent.relative_to(folder).parts)
         name = re.fullmatch(r"seed(\d+)(?:-(tau|activations))?", path.stem)
@@ -77,7 +126,9 @@ def load(folder: Path) -> dict[str, dict[int, list[dict]]]:
         if not (name and known and rows):
             expected = f"expected the name seed<s>[-tau].csv, the columns {columns}, and rows"
             raise SystemExit(f"{path}: {expected}")
+        recipe = recipe_of(path, folder, old)
         for i, row in enumerate(rows, start=2):
+            row["recipe"] = recipe
             try:
                 row["y"] = float(row[value])
                 row["step"] = float(row.get("step", 0))
@@ -178,25 +229,78 @@ def finding(data, what, quantity_a, claim, quantity_b) -> list[str]:
     return [*row, text(difference, half, size, "+"), verdict]
 
 
-def findings(data, name: str) -> list[list[str]]:
-    """The rows of a table; {level}, {task}, {layer} stand for each of them."""
+@dataclass
+class Finding:
+    says: str  # the thesis's claim in words; "" if its text makes none
+    is_example: bool  # the row that docs/results.md shows of this claim
+    recipe: str
+    cells: list[str]  # as in HEADER
+
+    @property
+    def verdict(self) -> str:
+        return self.cells[-1]
+
+
+def lines_of(name: str) -> list[dict]:
+    """The lines of findings.csv; {level}, {task}, {layer} stand for each of them."""
     with Path(__file__).with_name("findings.csv").open(newline="") as file:
-        lines = [line for part, *line in csv.reader(file) if part == name]
+        lines = [line for line in csv.DictReader(file) if line["part"] == name]
     choices = {"level": LEVELS, "task": TASKS, "layer": ("1", "2")}
-    rows = []
+    filled = []
     for line in lines:
-        names = [n for n in choices if f"{{{n}}}" in line[0]]
+        names = [n for n in choices if f"{{{n}}}" in line["a against b"]]
         for values in itertools.product(*(choices[n] for n in names)):
-            rows.append(
-                finding(
-                    data, *(cell.format(**dict(zip(names, values, strict=True))) for cell in line)
-                )
-            )
+            chosen = dict(zip(names, values, strict=True))
+            filled.append({column: cell.format(**chosen) for column, cell in line.items()})
+    return filled
+
+
+def num_runs(data, line: dict) -> int:
+    """How many runs stand behind the two quantities of a line."""
+    number = 0
+    for column in ("a", "b"):
+        value = final(data, line[column])
+        if value is not None:
+            number += 1 if np.isscalar(value) else len(value)
+    return number
+
+
+def findings(data, name: str) -> list[Finding]:
+    """The rows of a table.
+
+    Where runs of both recipes are there, a row is of the one with more runs, or of weighted. If
+    neither has both a and b, as the one is replaced and the other is not yet, it has no numbers.
+    """
+    by_recipe = {recipe: of_recipe(data, recipe) for recipe in RECIPES}
+    rows = []
+    for line in lines_of(name):
+        quantities = [line[column] for column in ("a against b", "a", "claim", "b")]
+        chosen = None
+        most_runs = 0
+        for recipe, runs in by_recipe.items():
+            cells = finding(runs, *quantities)
+            if cells[-1] != "not run" and num_runs(runs, line) > most_runs:
+                chosen = recipe
+                most_runs = num_runs(runs, line)
+        cells = finding(by_recipe[chosen or ""], *quantities)
+        if chosen is None and finding(data, *quantities)[-1] != "not run":
+            cells = [*cells[:2], "", "", "", "being replaced"]
+        is_example = line["example"] == line["a against b"]
+        rows.append(Finding(line["the thesis says"], is_example, chosen or "", cells))
     return rows
 
 
-def was_run(rows) -> bool:
-    return any(row[-1] != "not run" for row in rows)
+def main_recipe(data, name: str) -> str:
+    """Of a picture: the recipe of which a table's lines have the most runs."""
+    numbers = {}
+    for recipe in RECIPES:
+        runs = of_recipe(data, recipe)
+        numbers[recipe] = sum(num_runs(runs, line) for line in lines_of(name))
+    return max(numbers, key=numbers.get)
+
+
+def was_run(rows: list[Finding]) -> bool:
+    return any(row.verdict != "not run" for row in rows)
 
 
 def grid(columns, titles, xlabel, ylabels):
@@ -453,7 +557,6 @@ FIGURES = {
     f.__name__: f
     for f in (fig51, fig53, fig54, fig55, fig57, fig58, fig63, fig64, fig65, fig69, appendixE)
 }
-TABLES = "section52", "table61", "table62", "table63"
 
 
 def by_width(data) -> list[str]:
@@ -476,69 +579,136 @@ def by_width(data) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in cells]
 
 
-def tables(scale, data, rows: dict, docs: Path) -> dict[str, str]:
-    """name -> Markdown of every figure (if it is there) and table, and of the summary.
+def markdown_table(header, rows) -> str:
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    lines += [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join(lines)
 
-    rows: name -> findings.
-    """
-    made, summary = {}, [f"| {scale} scale | {' | '.join(VERDICTS)} |", "|---" * 6 + "|"]
+
+def table(scale: str, name: str, data, rows: list[Finding], docs: Path) -> str:
+    """What a page of docs/results/ has of one scale: the picture, if there is one, and the rows."""
+    parts = [f"### {scale.capitalize()} scale"]
+    if (docs / f"results/{scale}/{name}.png").is_file():
+        parts.append(picture(f"{scale}/{name}.png", scale, name, data))
+    header = list(HEADER)
+    cells = [row.cells for row in rows]
+    if any(row.recipe for row in rows):
+        header.append("cloning")
+        cells = [[*row.cells, row.recipe] for row in rows]
+    parts.append(markdown_table(header, cells))
+    if name == "fig58":
+        recipe = main_recipe(data, name)
+        parts.append("Returns by width" + (f", cloning {recipe}:" if recipe else ":"))
+        parts.append("\n".join(by_width(of_recipe(data, recipe))))
+    return "\n\n".join(parts)
+
+
+def picture(path: str, scale: str, name: str, data) -> str:
+    recipe = main_recipe(data, name)
+    text = f"![{TITLES[name]} at {scale} scale]({path})"
+    if recipe:
+        text += f"\n\nCloning of the teachers in the picture: {recipe}."
+    return text
+
+
+def count(rows: list[Finding]) -> str:
+    """as the thesis, if all are; else 3 as the thesis, 1 open."""
+    counts = Counter(row.verdict for row in rows if row.verdict != "-")
+    if len(counts) == 1:
+        return rows[0].verdict
+    ordered = sorted(counts, key=lambda verdict: VERDICTS.index(verdict.split(",")[0]))
+    return "; ".join(f"{counts[verdict]} {verdict}" for verdict in ordered)
+
+
+def glance(scale: str, rows: dict[str, list[Finding]]) -> str:
+    """A line per claim of the thesis: verdict, the example's difference, the page."""
+    claims = defaultdict(list)
     for name in rows:
-        counts, image = (
-            Counter(row[-1].split(",")[0] for row in rows[name]),
-            f"results/{scale}/{name}.png",
-        )
-        summary.append(f"| {name} | {' | '.join(str(counts[verdict]) for verdict in VERDICTS)} |")
-        lines = [f"{scale.capitalize()} scale: not run yet."]
-        if was_run(rows[name]):
-            lines = [f"{scale.capitalize()} scale:", ""]
-            lines += (
-                [f"![{name} at {scale} scale]({image})", ""] if (docs / image).is_file() else []
-            )
-            lines += [
-                "| a against b | thesis: a .. b | ours: a | ours: b | a - b | verdict |",
-                "|---" * 6 + "|",
-            ]
-            lines += [f"| {' | '.join(row)} |" for row in rows[name]]
-            lines += ["", *by_width(data)] if name == "fig58" else []
-        made[name] = "\n".join(lines)
-    ran = any(map(was_run, rows.values()))
-    return made | {
-        "summary": "\n".join(summary) if ran else f"{scale.capitalize()} scale: not run yet."
-    }
+        for row in rows[name]:
+            if row.says:
+                claims[name, row.says].append(row)
+    header = ["the thesis says", "our runs", "for example", "more"]
+    has_recipes = any(row.recipe for name in rows for row in rows[name])
+    if has_recipes:
+        header.append("cloning")
+    lines = []
+    for (name, says), found in claims.items():
+        (example,) = (row for row in found if row.is_example)
+        what, _, a, b, difference, _ = example.cells
+        shown = what
+        if difference:
+            shown += f": {a.split()[0]} for {b.split()[0]}, {difference}"
+        line = [says, count(found), shown, f"[{TITLES[name]}](results/{name}.md)"]
+        if has_recipes:
+            line.append(", ".join(sorted({row.recipe for row in found if row.recipe})))
+        lines.append(line)
+    tested = [row for found in claims.values() for row in found]
+    total = f"{len(tested)} comparisons at {scale} scale: {count(tested)}."
+    return f"{markdown_table(header, lines)}\n\n{total}"
 
 
-def fill(page: str, scale, made: dict[str, str]) -> str:
+def fill(page: str, made: dict[str, str]) -> str:
     """The page with what stands between the markers replaced."""
-    for name, markdown in made.items():
-        start, end = f"<!-- table {scale} {name} -->\n", "\n<!-- end -->"
+    for marker, markdown in made.items():
+        start = f"<!-- {marker} -->\n"
+        end = "\n<!-- end -->"
         before, found, after = page.partition(start)
         if not found or end not in after:
             raise SystemExit(f"expected {start.strip()}, a line, {end.strip()} in the page")
-        page = f"{before}{start}{markdown}{end}{after.partition(end)[2]}"
+        page = f"{before}{start}{markdown.strip()}{end}{after.partition(end)[2]}"
     return page
+
+
+def blocks(docs: Path) -> dict[str, dict[str, str]]:
+    """Page -> marker -> Markdown, of all scales that have results."""
+    made = {"results.md": {"glance": ""}}
+    for name in TITLES:
+        made[f"results/{name}.md"] = {f"table {name}": ""}
+        if name in FIGURES:
+            made["results.md"][f"picture {name}"] = ""
+    for scale in SCALES:
+        data = load(docs / "results" / scale)
+        rows = {name: findings(data, name) for name in TITLES}
+        if any(was_run(rows[name]) for name in TITLES):
+            made["results.md"]["glance"] += glance(scale, rows) + "\n\n"
+        for name in TITLES:
+            if was_run(rows[name]):
+                text = table(scale, name, data, rows[name], docs)
+                made[f"results/{name}.md"][f"table {name}"] += text + "\n\n"
+            path = f"results/{scale}/{name}.png"
+            if (docs / path).is_file():
+                text = picture(path, scale, name, data)
+                made["results.md"][f"picture {name}"] += text + "\n\n"
+    return made
 
 
 @dataclass
 class Args:
     scale: Literal["laptop", "thesis"] = "laptop"
-    """whose results"""
+    """whose figures are drawn; the pages have what is there of both"""
     docs: Path = Path(__file__).resolve().parent.parent / "docs"
-    """folder of results.md and of results/<scale>/"""
+    """folder of results.md and results/"""
 
 
 def main():
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
-    folder, page = args.docs / "results" / args.scale, args.docs / "results.md"
-    if not page.is_file():
-        raise SystemExit(f"expected the page {page}")
+    pages = [args.docs / "results.md"]
+    pages += [args.docs / "results" / f"{name}.md" for name in TITLES]
+    for page in pages:
+        if not page.is_file():
+            raise SystemExit(f"expected the page {page}")
+    folder = args.docs / "results" / args.scale
     data = load(folder)
-    rows = {name: findings(data, name) for name in (*FIGURES, *TABLES)}
-    for name, part in FIGURES.items():
-        (folder / f"{name}.png").unlink(missing_ok=True)
-        if was_run(rows[name]) and (figure := part(data)):
-            figure.savefig(folder / f"{name}.png")
-    page.write_text(fill(page.read_text(), args.scale, tables(args.scale, data, rows, args.docs)))
-    print(f"{page}, {len([*folder.glob('*.png')])} figures in {folder}")
+    for name, figure_of in FIGURES.items():
+        path = folder / f"{name}.png"
+        path.unlink(missing_ok=True)
+        figure = figure_of(of_recipe(data, main_recipe(data, name)))
+        if figure is not None and was_run(findings(data, name)):
+            figure.savefig(path)
+    for name, made in blocks(args.docs).items():
+        page = args.docs / name
+        page.write_text(fill(page.read_text(), made))
+    print(f"{len(pages)} pages, {len([*folder.glob('*.png')])} figures in {folder}")
 
 
 if __name__ == "__main__":
