@@ -3,7 +3,8 @@
 bash itself reads the fenced blocks (variables, loops, globs), but writes down each program that it
 would start. What is one of our scripts then runs in a copy of the repository, one page after the
 other, with the flags of TINY at its end: what one command makes is there for the next ones. Names
-in <> are read as NAME.
+in <> are read as NAME. Of the tour the Python blocks run, too, and its change of a script is made.
+Every link between pages, with its anchor, leads somewhere.
 """
 
 import ast
@@ -20,6 +21,7 @@ import pytest
 import torch
 from dm_control.suite import walker
 
+import mop_distill
 from conftest import ROOT, SCRIPTS, script, write_dataset, write_teacher
 from test_copies import args_fields
 
@@ -29,8 +31,10 @@ PAGES = [
     ROOT / "examples/README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
+LINKED = [*PAGES, ROOT / "reproduce/README.md", *sorted((ROOT / "docs/results").glob("*.md"))]
 OTHER_FLAGS = {"--check", "--logdir", "--no-deps", "--dist"}  # of ruff, tensorboard, pip, pytest
-SHELL = re.compile(r"^```(?:bash|sh|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+TOUR = ROOT / "docs/tour.md"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)  # language, text
 RECORD = r"""command_not_found_handle() {{
     printf '%s\0' "$@" >> "{log}"
     printf '\n\0' >> "{log}"
@@ -48,11 +52,14 @@ TINY = {  # appended: the last one of two equal flags counts
     "mop_pbrl_teacher": TRAINING,
     "naive_multitask_pbrl": TRAINING,
     "mop_distill": TRAINING,
+    "my_distill": TRAINING,  # the tour's copy
     "mop_ds": TEACHERS,
     "mop_oqs": TEACHERS,
     "mop_measure": "--episodes 1 --cross-episodes 1 --tau-states 50 --cka-states 100"
     " --shift-states 1000 --no-gif --threads 1 --overwrite",
+    "run_student": "",
 }
+LAST_LINE = {"run_student": r"walker-\w+: return \d"}  # of what is printed; else: wrote
 WHOLE_MIX = {  # transitions that hold the shares of a mix
     "online": "1000",
     "noise": "10000",
@@ -67,11 +74,15 @@ NOT_RUN = {  # what begins like this -> why
     r"tensorboard": "a server",
     r"python benchmark/": "measures for minutes; tests/test_benchmark.py runs these scripts",
     r".* --device cuda": "needs a GPU; tests/test_cuda_graph.py",
+    r"python examples/convert.py": "needs other libraries; tests/test_convert.py",
+    r".*run_student.py .* --gif": "needs a GL library; tests/test_tour.py",
 }
 STAND_INS = {  # files that a page takes for granted: a reader has them from another page
     "checkpoints/walker-walk-medium-teacher.pt": "walker-walk",
     "checkpoints/walker-run-medium-teacher.pt": "walker-run",
     "data/walker-run-medium.npz": "walker-run",
+    "data/walker-walk-medium-replay.npz": "walker-walk",
+    "data/walker-stand-expert.npz": "walker-stand",
     "data/stand-noise.npz": "walker-stand",
     "data/walk-noise.npz": "walker-walk",
     "a00.pt": "walker-stand",
@@ -139,22 +150,51 @@ def run(argv, number, monkeypatch, capsys):
     if "--policy" in argv:
         mix = argv[argv.index("--mix") + 1] if "--mix" in argv else "online"
         expanded += ["--num-transitions", WHOLE_MIX[mix]]
-    elif "--run-dir" not in argv and "--resume" not in argv:
+    elif names[0] != "run_student" and "--run-dir" not in argv and "--resume" not in argv:
         expanded += ["--run-dir", f"runs/docs-{number}"]
     monkeypatch.setattr(sys, "argv", expanded)
     try:
         runpy.run_path(expanded[0], run_name="__main__")
     except SystemExit as end:
         raise AssertionError(f"{command}: {end.code}{capsys.readouterr().err}") from end
-    assert capsys.readouterr().out.splitlines()[-1].startswith("wrote "), command
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert re.match(LAST_LINE.get(names[0], "wrote "), last_line), command
+
+
+def apply_diff(text, path):
+    """Make a page's change of a script: in each part after a line of @@, what stands after a blank
+    or a minus is found once and becomes what stands after a blank or a plus."""
+    script = path.read_text()
+    for part in re.split(r"^@@.*\n", text, flags=re.MULTILINE)[1:]:
+        before = ""
+        after = ""
+        for line in part.splitlines(keepends=True):
+            if line[0] in "- \n":
+                before += line[1:] or line
+            if line[0] in "+ \n":
+                after += line[1:] or line
+        assert script.count(before) == 1, f"{path.name} no longer has once:\n{before}"
+        script = script.replace(before, after)
+    path.write_text(script)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands(page, repository, monkeypatch, capsys):
+    monkeypatch.setenv("MPLBACKEND", "agg")
     number = 0
-    for block in SHELL.findall(page.read_text()):
+    variables = {}
+    for language, block in BLOCK.findall(page.read_text()):
+        if page == TOUR and language == "python":
+            exec(block, variables)
+        if page == TOUR and language == "diff":
+            apply_diff(block, repository / "my_distill.py")
+        if language != "bash":
+            assert language not in ("sh", "shell", "console"), "name it bash"
+            continue
         for argv in recorded(block, repository):
-            if not any(re.match(pattern, " ".join(argv)) for pattern in NOT_RUN):
+            if argv[0] == "cp":
+                shutil.copy(argv[1], argv[2])
+            elif not any(re.match(pattern, " ".join(argv)) for pattern in NOT_RUN):
                 number += 1
                 run(argv, number, monkeypatch, capsys)
 
@@ -192,5 +232,57 @@ def test_flags_that_are_named_exist(helps, page):
     for path in (ROOT / "benchmark").glob("*.py"):
         for name in re.findall(r"^    (\w+): ", path.read_text(), re.MULTILINE):
             known.add(f"--{name.replace('_', '-')}")
+    for node in ast.walk(ast.parse((ROOT / "examples/convert.py").read_text())):
+        if isinstance(node, ast.arg):
+            known.add(f"--{node.arg.replace('_', '-')}")
     code = re.findall(r"```.*?```|`[^`]+`", page.read_text(), re.DOTALL)
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", " ".join(code))) <= known
+
+
+def anchors(page) -> set:
+    """Those that GitHub makes of a page's headings: lower case, no punctuation, hyphens."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    found = set()
+    for heading in re.findall(r"^#+ (.*)", text, re.MULTILINE):
+        heading = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        words = re.sub(r"[^\w\- ]", "", heading.strip().lower())
+        found.add(words.replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links(page):
+    """Every relative link and picture is there, and so is the heading that it names."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    for link in links:
+        if re.match(r"https?:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{link}: no such file"
+        if anchor:
+            assert anchor in anchors(target), f"{link}: no such heading"
+
+
+def test_every_page_is_in_the_index():
+    text = (ROOT / "docs/README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"({page.name})" in text, page.name
+
+
+def test_numbers_of_the_readme():
+    """At most 900 words; the sizes of the scripts and of the students."""
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 900
+    found = re.search(r"([\d,]+) to ([\d,]+) lines each.*?(\d+) to (\d+)", text).groups()
+    low, high, low_method, high_method = [int(number.replace(",", "")) for number in found]
+    for name in SCRIPTS:
+        lines = (ROOT / f"{name}.py").read_text().splitlines()
+        marked = [i for i, line in enumerate(lines) if "the method ends here" in line]
+        assert low <= len(lines) <= high, name
+        assert low_method <= marked[0] <= high_method, name
+    for in_dim, hidden in [(25, 256), (24, 256), (25, 64)]:
+        actor = mop_distill.Actor(in_dim, 6, hidden)
+        number = sum(weight.numel() for weight in actor.parameters())
+        assert f"{number:,}" in text
