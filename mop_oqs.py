@@ -84,6 +84,7 @@ LAPTOP = {  # defaults with --scale laptop
     "actor_tau": 0.02,
     "policy_noise": 0.05,
     "beta_ood_decay": 0.9997,
+    "anneal": 0.5,
     "bc_coef": 1.0,
     "matmul_precision": "medium",
 }
@@ -169,6 +170,8 @@ class Args:
     """lower bound of beta_ood"""
     beta_ood_decay: float = 0.99995
     """factor of beta_ood per step"""
+    anneal: float = 0.0
+    """share of a teacher's updates, the last, in which its learning rate falls linearly to 0"""
     bc_coef: float = 0.0
     """weight of behaviour cloning in the actor's loss, not in the thesis (docs/pretrained.md)"""
     bc_temperature: float = 0.1
@@ -430,7 +433,10 @@ def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_
     critics = Critics(args.num_critics, obs_dim, action_dim, args.teacher_hidden).to(device)
     target_actor = deepcopy(actor)
     target_critics = deepcopy(critics)
-    adam = partial(Adam, lr=args.teacher_learning_rate, fused=True, capturable=args.cuda_graph)
+    learning_rate = torch.tensor(
+        args.teacher_learning_rate, device=device
+    )  # a tensor, for CUDA graphs
+    adam = partial(Adam, lr=learning_rate, fused=True, capturable=args.cuda_graph)
     actor_optimizer = adam(actor.parameters())
     critic_optimizer = adam(critics.parameters())
 
@@ -448,7 +454,7 @@ def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_
     if start > 0:
         restore(resume_point, trained)
         for optimizer in (actor_optimizer, critic_optimizer):
-            optimizer.param_groups[0]["lr"] = args.teacher_learning_rate
+            optimizer.param_groups[0]["lr"] = learning_rate
 
     def update_critics(beta_ood):
         index = torch.randint(num_transitions, (args.teacher_batch_size,), device=device)
@@ -477,6 +483,9 @@ def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_
         update_targets = capture(update_targets)
     progress = tqdm(range(start + 1, args.teacher_steps + 1), desc=name, disable=None)
     for step in progress:
+        share_left = 1 - (step - 1) / args.teacher_steps
+        if share_left < args.anneal:
+            learning_rate.fill_(args.teacher_learning_rate * share_left / args.anneal)
         beta_ood = max(args.beta_ood * args.beta_ood_decay**step, args.beta_ood_min)
         beta_ood = torch.full((), beta_ood, device=device)  # a CUDA graph reads tensors only
         obs, action, weight, metrics = update_critics(beta_ood)

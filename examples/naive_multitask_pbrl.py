@@ -75,6 +75,7 @@ LAPTOP = {  # defaults with --scale laptop
     "actor_tau": 0.02,
     "policy_noise": 0.05,
     "beta_ood_decay": 0.9997,
+    "anneal": 0.5,
     "bc_coef": 1.0,
     "matmul_precision": "medium",
 }
@@ -149,6 +150,8 @@ class Args:
     """lower bound of beta_ood"""
     beta_ood_decay: float = 0.99995
     """factor of beta_ood per step"""
+    anneal: float = 0.0
+    """share of a teacher's updates, the last, in which its learning rate falls linearly to 0"""
     bc_coef: float = 0.0
     """weight of behaviour cloning in the actor's loss, not in the thesis (docs/pretrained.md)"""
     bc_temperature: float = 0.1
@@ -368,7 +371,8 @@ def main():
     codes = torch.arange(num_tasks, device=device).float()[:, None]  # (task, code)
     actor = Actor(obs_dim + 1, out_dim, args.hidden).to(device)
     target_actor = deepcopy(actor)
-    adam = partial(Adam, lr=args.learning_rate, fused=True, capturable=args.cuda_graph)
+    learning_rate = torch.tensor(args.learning_rate, device=device)  # a tensor, for CUDA graphs
+    adam = partial(Adam, lr=learning_rate, fused=True, capturable=args.cuda_graph)
     actor_optimizer = adam(actor.parameters())
     critics = []
     target_critics = []
@@ -403,7 +407,7 @@ def main():
         for name, part in trained.items():
             part.load_state_dict(resume_point[name])
         for optimizer in (actor_optimizer, *critic_optimizers):
-            optimizer.param_groups[0]["lr"] = args.learning_rate
+            optimizer.param_groups[0]["lr"] = learning_rate
         torch.set_rng_state(resume_point["random_states"][0])
         torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
 
@@ -438,6 +442,9 @@ def main():
         update_targets = capture(update_targets)
     progress = tqdm(range(start + 1, args.gradient_steps + 1), desc=output.stem, disable=None)
     for step in progress:
+        share_left = 1 - (step - 1) / args.gradient_steps
+        if share_left < args.anneal:
+            learning_rate.fill_(args.learning_rate * share_left / args.anneal)
         beta_ood = max(args.beta_ood * args.beta_ood_decay**step, args.beta_ood_min)
         beta_ood_tensor = torch.full((), beta_ood, device=device)
         metrics = {"beta_ood": beta_ood}
