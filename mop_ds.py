@@ -838,6 +838,7 @@ def load_dataset(path, task: str, obs_dim: int, action_dim: int) -> dict:
         data[name] = np.ascontiguousarray(array, dtype)
         check(np.isfinite(data[name]).all(), f"{path}: {name}: found NaN or infinite values")
     check(np.abs(data["actions"]).max() <= 1, f"{path}: expected actions in [-1, 1]")
+    data["timeouts"][-1] = True  # where the last episode is cut short, too
     return data | {"metadata": metadata}
 
 

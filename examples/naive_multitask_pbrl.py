@@ -361,7 +361,6 @@ def main():
     output = Path(args.output or f"checkpoints/{all_tasks}-{level}-naive.pt").expanduser()
     check_output(output, args)
     run_dir = make_run_dir(args, output.stem)
-    writer = SummaryWriter(run_dir)
 
     # networks
     stream = "" if args.common_seed else f" teacher {all_tasks} from {all_tasks}"
@@ -403,6 +402,7 @@ def main():
     }
     if resume_point:
         start = resume_point["step"]
+        check(start < args.gradient_steps, "--resume: this run has made all its --gradient-steps")
         rows = resume_point["rows"]
         for name, part in trained.items():
             part.load_state_dict(resume_point[name])
@@ -410,6 +410,8 @@ def main():
             optimizer.param_groups[0]["lr"] = learning_rate
         torch.set_rng_state(resume_point["random_states"][0])
         torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
+
+    writer = SummaryWriter(run_dir, purge_step=start + 1)
 
     def update_critics(i, beta_ood):
         num_transitions = len(transitions[i]["rewards"])
@@ -672,6 +674,7 @@ def load_dataset(path, task: str, obs_dim: int, action_dim: int) -> dict:
         data[name] = np.ascontiguousarray(array, dtype)
         check(np.isfinite(data[name]).all(), f"{path}: {name}: found NaN or infinite values")
     check(np.abs(data["actions"]).max() <= 1, f"{path}: expected actions in [-1, 1]")
+    data["timeouts"][-1] = True  # where the last episode is cut short, too
     return data | {"metadata": metadata}
 
 

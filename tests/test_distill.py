@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,8 @@ from sklearn.metrics import ndcg_score
 from torch.distributions import Normal, kl_divergence
 
 import mop_distill as distill
-from conftest import ROOT, make_arrays, write_dataset, write_teacher
-
-TASKS = ("walker-stand", "walker-walk")
+from conftest import ROOT
+from test_loops import LEVELS, TASKS, load, read_csv, use_world, write_inputs
 
 
 def test_mse_loss_by_hand():
@@ -57,6 +57,17 @@ def test_ndcg_by_hand_and_against_scikit_learn():
         expected.append(-ndcg_score([row_y], [row_x], ignore_ties=True))
     np.testing.assert_allclose(distill.ndcg_loss(x, y), expected, rtol=1e-10)
     assert distill.ndcg_loss(x, torch.zeros_like(y)).tolist() == [0] * 20  # a layer that is dead
+
+
+def test_ndcg_takes_ties_in_their_order():
+    """Units that are 0 after a ReLU: the same loss on every device and for every width."""
+    x = torch.randn(9, 64).clamp(min=0)
+    y = torch.rand(9, 64)
+    order = torch.from_numpy(np.argsort(-x.numpy(), axis=1, kind="stable"))
+    in_order = torch.arange(64.0).flip(0).expand(9, -1)  # untied
+    torch.testing.assert_close(
+        distill.ndcg_loss(x, y), distill.ndcg_loss(in_order, y.gather(1, order))
+    )
 
 
 def test_the_gradient_of_ndcg_flows_through_y_only():
@@ -143,69 +154,66 @@ def test_hidden_layers_are_those_of_the_forward_pass():
 
 
 # ------------------------------------------------------------------------------------ short runs
-def tiny_run(run_main, tmp_path, *options, steps=40, run_dir="run"):
-    """A short run on random data with untrained teachers -> the student's checkpoint."""
-    data = []
-    teachers = []
-    for i, task in enumerate(TASKS):
-        arrays = make_arrays(300 - 150 * i, seed=i)
-        data.append(write_dataset(tmp_path / f"d{i}.npz", task, arrays))
-        teachers.append(write_teacher(tmp_path / f"t{i}.pt", task, seed=i))
-    sizes = ["--gradient-steps", steps, "--hidden", 16, "--batch-size", 32]
-    sizes += ["--learning-rate", 1e-3, "--final-eval-episodes", 1, "--run-dir", run_dir]
-    run_main(distill, "--data", *data, "--teachers", *teachers, *sizes, *options)
-    return torch.load(tmp_path / run_dir / "student.pt", weights_only=True)
+TWO_TASKS = ["--tasks", *TASKS, "--level", "medium", "expert"]
 
 
-def test_the_student_fits_its_teachers(run_main, tmp_path):
+@pytest.fixture
+def train(run_main, monkeypatch):
+    """A short run in World, of teachers that were not trained -> the student's checkpoint."""
+    use_world(monkeypatch)
+    write_inputs(TASKS)
+
+    def run(*options, run_dir="run"):
+        sizes = ["--hidden", 16, "--batch-size", 32, "--learning-rate", 3e-3]
+        sizes += ["--final-eval-episodes", 1, "--run-dir", run_dir]
+        outcome = run_main(distill, *TWO_TASKS, *sizes, *options)
+        assert isinstance(outcome, str), outcome
+        return load(f"{run_dir}/student.pt")
+
+    return run
+
+
+def test_the_student_fits_its_teachers(train):
     """Two teachers that disagree: the student learns both, told apart by the id."""
-    checkpoint = tiny_run(run_main, tmp_path, "--hidden", 64, "--batch-size", 128, steps=600)
+    checkpoint = train("--gradient-steps", 600, "--hidden", 64)
     student = distill.load_actor(checkpoint)
+    rows = []
     for i, task in enumerate(TASKS):
-        with np.load(tmp_path / f"d{i}.npz") as data:
-            obs = torch.from_numpy(data["observations"])
-        teacher = distill.load_actor(distill.load_teacher(tmp_path / f"t{i}.pt", task, 24, 6))
+        obs = torch.randn(100, 3)
+        teacher = distill.load_actor(load(f"checkpoints/{task}-{LEVELS[task]}-teacher.pt"))
         own = student(distill.add_code(obs, torch.tensor([float(i)])))
         other = student(distill.add_code(obs, torch.tensor([1.0 - i])))
         assert distill.mse_loss(own, teacher(obs)).mean() < 2e-3
-        assert distill.mse_loss(other, teacher(obs)).mean() > 2e-3
-    assert len(checkpoint["returns"]["walker-stand"]) == 1
-    lines = (tmp_path / "run/returns.csv").read_text().splitlines()
-    assert lines[0] == "step,task,episode,return" and len(lines) == 3
-    for i, task in enumerate(TASKS):
-        assert lines[1 + i] == f"600,{task},0,{checkpoint['returns'][task][0]}"
+        assert distill.mse_loss(other, teacher(obs)).mean() > 2e-2
+        rows.append(["600", task, "0", str(checkpoint["returns"][task][0])])
+    assert read_csv("run/returns.csv") == rows
 
 
-def last_taus(run_dir) -> dict:
-    """{(task, layer): [mean, std]} of the last step in tau.csv."""
+def taus_of(run_dir) -> dict:
+    """{(task, layer): [mean, std]} of tau.csv."""
     taus = {}
-    for line in (run_dir / "tau.csv").read_text().splitlines()[1:]:
-        _, task, _, layer, mean, std = line.split(",")
+    for _, task, _, layer, mean, std in read_csv(f"{run_dir}/tau.csv"):
         taus[task, int(layer)] = [float(mean), float(std)]
     return taus
 
 
-def test_pairwise_ranking_raises_tau(run_main, tmp_path):
+def test_pairwise_ranking_raises_tau(train):
     """As the thesis reports (Fig. 6.5b)."""
-    tiny_run(run_main, tmp_path, steps=300, run_dir="plain")
-    options = ["--regularizer", "pairwise", "--reg-lambda", 1]
-    tiny_run(run_main, tmp_path, *options, steps=300, run_dir="ranked")
-    before = last_taus(tmp_path / "plain")
-    after = last_taus(tmp_path / "ranked")
+    train("--gradient-steps", 60, run_dir="plain")
+    train("--gradient-steps", 60, "--regularizer", "pairwise", "--reg-lambda", 1, run_dir="ranked")
+    before = taus_of("plain")
+    after = taus_of("ranked")
     for layer in (1, 2):
         gains = [after[task, layer][0] - before[task, layer][0] for task in TASKS]
         assert np.mean(gains) > 0.05
 
 
-def test_tau_of_the_visited_states(run_main, tmp_path, monkeypatch):
-    """tau.csv is recomputed with scipy from the student; all 1001 states of an episode count."""
-    monkeypatch.setattr(distill, "TAU_STATES", 1001)
-    checkpoint = tiny_run(run_main, tmp_path)
-    lines = (tmp_path / "run/tau.csv").read_text().splitlines()
-    assert lines[0] == "step,task,other_task,layer,tau_a_mean,tau_a_std" and len(lines) == 1 + 4
-    assert lines[1].startswith("40,walker-stand,walker-walk,1,")
-    student = distill.load_actor(checkpoint)
-    taus = last_taus(tmp_path / "run")
+def test_tau_of_the_visited_states(train):
+    """tau.csv is recomputed from the student; all 21 states of an episode count."""
+    student = distill.load_actor(train("--gradient-steps", 40))
+    rows = read_csv("run/tau.csv")
+    assert len(rows) == 4 and rows[0][:4] == ["40", "toy-up", "toy-down", "1"]
+    taus = taus_of("run")
     for i, task in enumerate(TASKS):
         code = torch.tensor([float(i)])
         (episode,) = distill.run_episodes(student, task, [2**31], 1, code=code)
@@ -213,17 +221,15 @@ def test_tau_of_the_visited_states(run_main, tmp_path, monkeypatch):
         own_layers = distill.hidden_layers(student, distill.add_code(obs, code))
         other_layers = distill.hidden_layers(student, distill.add_code(obs, 1 - code))
         for layer in (1, 2):
-            x = own_layers[layer - 1].numpy()
-            y = other_layers[layer - 1].numpy()
             expected = []
-            for a, b in zip(x, y, strict=True):
-                agreement = np.sign(a[:, None] - a) * np.sign(b[:, None] - b)
-                expected.append(agreement.sum() / (16 * 15))
+            for x, y in zip(own_layers[layer - 1], other_layers[layer - 1], strict=True):
+                agreement = (x[:, None] - x).sign() * (y[:, None] - y).sign()
+                expected.append(agreement.sum().item() / (16 * 15))
             mean_and_std = [np.mean(expected), np.std(expected, ddof=1)]
             assert taus[task, layer] == pytest.approx(mean_and_std, abs=1e-6)
 
 
-def test_tau_of_a_sample_of_the_visited_states(run_main, tmp_path, monkeypatch):
+def test_tau_of_a_sample_of_the_visited_states(train, monkeypatch):
     """TAU_STATES different ones, the same in every run."""
     seen = []
     layer_taus = distill.layer_taus
@@ -233,31 +239,29 @@ def test_tau_of_a_sample_of_the_visited_states(run_main, tmp_path, monkeypatch):
         return layer_taus(student, obs, code, other_code)
 
     monkeypatch.setattr(distill, "layer_taus", record)
-    monkeypatch.setattr(distill, "TAU_STATES", 50)
+    monkeypatch.setattr(distill, "TAU_STATES", 15)
     for run_dir in ("first", "second"):
-        tiny_run(run_main, tmp_path, run_dir=run_dir)
-    assert [len(obs.unique(dim=0)) for obs in seen] == [50] * 4
+        train("--gradient-steps", 2, run_dir=run_dir)
+    assert [len(obs.unique(dim=0)) for obs in seen] == [15] * 4
     assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])
 
 
 NAMES = {
-    "offline": ["walker-stand-medium", "walker-walk-expert"],
-    "online": ["t0-online", "t1-online"],
+    "offline": ["toy-up-medium", "toy-down-expert"],
+    "online": ["toy-up-medium-teacher-online", "toy-down-expert-teacher-online"],
 }
 
 
 @pytest.mark.parametrize("states", NAMES)
-def test_which_states_are_read(run_main, tmp_path, states):
+def test_which_states_are_read(train, run_main, states):
     """Those of the levels' datasets, or those of the teachers' own episodes."""
-    teachers = [write_teacher(tmp_path / f"t{i}.pt", task) for i, task in enumerate(TASKS)]
-    options = ["--states", states, "--level", "medium", "expert", "--teachers", *teachers]
-    options += ["--gradient-steps", 1, "--final-eval-episodes", 1]
-    for i, task in enumerate(TASKS):
-        arrays = make_arrays(33 + 11 * i)
-        write_dataset(tmp_path / f"data/{NAMES[states][i]}.npz", task, arrays)
-    text = run_main(distill, *options)
-    assert "walker-stand, 33 states" in text and "walker-walk, 44 states" in text
-    (tmp_path / f"data/{NAMES[states][1]}.npz").rename(tmp_path / "elsewhere.npz")
+    paths = [Path(f"data/{name}.npz") for name in NAMES[states]]
+    Path("data").rename("elsewhere")
+    Path("data").mkdir()
+    Path("elsewhere/toy-up-medium.npz").rename(paths[0])
+    options = [*TWO_TASKS, "--states", states, "--gradient-steps", 1, "--final-eval-episodes", 1]
     code, text = run_main(distill, *options)
-    assert code == 1 and f"data/{NAMES[states][1]}.npz: not found" in text
-    assert "mop_td3_collect.py" in text
+    assert code == 1 and f"{paths[1]}: not found" in text
+    Path("elsewhere/toy-down-expert.npz").rename(paths[1])
+    text = run_main(distill, *options)
+    assert f"50 states of {paths[0]}" in text and f"80 states of {paths[1]}" in text

@@ -1,20 +1,27 @@
-"""Every default, every stream of random numbers, and every training loop against a plain one.
+"""Every default, and every training loop against a plain one.
 
-The plain loops share no code with the scripts: networks are dicts of tensors, gradients come from
-torch.autograd.grad, Adam is its formula. They draw the same random numbers in the same order, so a
-few updates by a script's own main() must end with the same weights up to rounding. World stands in
-for dm_control.
+The plain loops write every update out. They share networks and ranking losses with the scripts,
+which other tests hold to plain forms, and draw the same random numbers in the same order: a few
+updates by a script's own main() must end with the same weights up to rounding. World stands in for
+dm_control.
 """
 
-import os
+import csv
+import importlib
 import sys
 import zlib
+from copy import deepcopy
 from functools import cache
+from itertools import permutations, product
+from pathlib import Path
 from types import SimpleNamespace
 
+import mujoco
 import numpy as np
 import pytest
 import torch
+from torch.distributions import Normal, kl_divergence
+from torch.optim import Adam
 
 import mop_distill as distill
 import mop_ds as ds
@@ -22,26 +29,27 @@ import mop_measure as measure
 import mop_oqs as oqs
 import mop_pbrl_teacher as pbrl
 import mop_td3_collect as td3
-from conftest import make_arrays, write_dataset, write_teacher
+from conftest import ROOT, make_arrays, write_dataset, write_teacher
 
-TRAINING = {"td3": td3, "pbrl": pbrl, "distill": distill, "ds": ds, "oqs": oqs}
+sys.path.append(str(ROOT / "examples"))
+naive = importlib.import_module("naive_multitask_pbrl")
+TRAINING = {"td3": td3, "pbrl": pbrl, "distill": distill, "ds": ds, "oqs": oqs, "naive": naive}
 
 # ----------------------------------------------------------------------- defaults: the thesis's
 # fmt: off
 DEFAULTS = {  # of every flag, unless the script has its own below
     "tasks": ("walker-stand", "walker-walk"), "task": "walker-walk", "level": ("medium",),
     "seed": 1, "common_seed": False, "scale": "thesis", "states": "offline",
-    "data": (), "teachers": (), "output": None,
-    "run_dir": None, "resume": None, "overwrite": False,
+    "data": (), "teachers": (), "output": None, "run_dir": None, "resume": None, "overwrite": False,
     "eval_every": 10_000, "eval_episodes": 10, "final_eval_episodes": 100,
     "loss": "mse", "regularizer": "none", "reg_lambda": 100.0, "task_encoding": "number",
     "gradient_steps": 500_000, "learning_rate": 1e-4, "batch_size": 1024, "hidden": 256,
-    "teacher_steps": 1_000_000, "teacher_learning_rate": 1e-4,
-    "teacher_batch_size": 1024, "teacher_hidden": 256,
-    "gamma": 0.99, "tau": 0.005, "actor_tau": 0.005,
+    "teacher_steps": 1_000_000, "teacher_learning_rate": 1e-4, "teacher_batch_size": 1024,
+    "teacher_hidden": 256, "gamma": 0.99, "tau": 0.005, "actor_tau": 0.005,
     "policy_noise": 0.2, "noise_clip": 0.5, "policy_frequency": 2,
     "num_critics": 5, "num_ood": 3, "ood_noise": 0.01, "beta_in": 0.001,
-    "beta_ood": 3.0, "beta_ood_min": 0.1, "beta_ood_decay": 0.99995, "bc_coef": 0.0,
+    "beta_ood": 3.0, "beta_ood_min": 0.1, "beta_ood_decay": 0.99995,
+    "anneal": 0.0, "bc_coef": 0.0, "bc_temperature": 0.1,
     "device": "auto", "threads": 0, "matmul_precision": "highest", "cuda_graph": False,
 }
 OWN_DEFAULTS = {
@@ -58,33 +66,34 @@ OWN_DEFAULTS = {
     "distill": {},
     "ds": {},
     "oqs": {},
+    "naive": {"actor": "deterministic", "gradient_steps": 1_000_000},
     "measure": {
-        "student": None, "episodes": 1000, "cross_episodes": 100, "shift": None,
+        "student": None, "episodes": 1000, "cross_episodes": 100, "shift": None, "gif": True,
         "tau_states": 100_000, "cka_states": 100_000, "shift_states": 100_000,
-        "gif": True,
     },
+}
+LAPTOP_PBRL = {
+    "num_ood": 1, "tau": 0.02, "actor_tau": 0.02, "policy_noise": 0.05,
+    "beta_ood_decay": 0.9997, "anneal": 0.5, "bc_coef": 1.0, "matmul_precision": "medium",
+}
+LAPTOP_TEACHER = {"gradient_steps": 30_000, "batch_size": 256, "learning_rate": 3e-4}
+LAPTOP_STUDENT = {"gradient_steps": 20_000, "learning_rate": 1e-3}
+LAPTOP_TEACHERS = {
+    "teacher_steps": 30_000, "teacher_batch_size": 256, "teacher_learning_rate": 3e-4,
 }
 LAPTOP = {
     "td3": {
         "hidden": 256, "batch_size": 128, "learning_rate": 3e-4,
         "total_timesteps": 240_000, "medium_step": 120_000,
     },
-    "pbrl": {
-        "gradient_steps": 30_000, "batch_size": 256, "learning_rate": 3e-4,
-        "num_ood": 1, "tau": 0.02, "actor_tau": 0.02, "policy_noise": 0.05,
-        "beta_ood_decay": 0.9997, "bc_coef": 1.0, "matmul_precision": "medium",
-    },
-    "distill": {"gradient_steps": 20_000, "learning_rate": 1e-3},
-    "ds": {
-        "gradient_steps": 20_000, "learning_rate": 1e-3,
-        "teacher_steps": 30_000, "teacher_batch_size": 256, "teacher_learning_rate": 3e-4,
-        "num_ood": 1, "tau": 0.02, "actor_tau": 0.02, "policy_noise": 0.05,
-        "beta_ood_decay": 0.9997, "bc_coef": 1.0, "matmul_precision": "medium",
-    },
+    "pbrl": LAPTOP_PBRL | LAPTOP_TEACHER,
+    "naive": LAPTOP_PBRL | LAPTOP_TEACHER,
+    "distill": LAPTOP_STUDENT,
+    "ds": LAPTOP_STUDENT | LAPTOP_PBRL | LAPTOP_TEACHERS,
+    "oqs": LAPTOP_STUDENT | LAPTOP_PBRL | LAPTOP_TEACHERS,
 }
-LAPTOP["oqs"] = LAPTOP["ds"]
 
-# settings of the short runs below, all unlike the defaults
+# settings of the short runs below, all unlike the defaults and unlike each other
 RUN = {"eval_episodes": 2, "final_eval_episodes": 3, "device": "cpu", "run_dir": "run"}
 TD3 = {
     "learning_rate": 3e-3, "batch_size": 16, "hidden": 8, "gamma": 0.9, "tau": 0.1,
@@ -93,30 +102,29 @@ TD3 = {
     "num_transitions": 50,
 }
 PBRL = {
-    "gamma": 0.9, "tau": 0.1, "actor_tau": 0.25, "policy_noise": 0.4, "noise_clip": 0.3,
-    "policy_frequency": 3, "num_critics": 3, "num_ood": 2, "ood_noise": 0.4, "beta_in": 0.5,
-    "beta_ood": 2.0, "beta_ood_min": 0.5, "beta_ood_decay": 0.7,
+    "gamma": 0.9, "tau": 0.1, "actor_tau": 0.25, "policy_noise": 0.4, "noise_clip": 0.35,
+    "policy_frequency": 3, "num_critics": 4, "num_ood": 2, "ood_noise": 0.2, "beta_in": 0.3,
+    "beta_ood": 2.0, "beta_ood_min": 0.5, "beta_ood_decay": 0.7, "anneal": 0.0,
+    "bc_coef": 0.0,
 }
-SMALL = {"gradient_steps": 8, "learning_rate": 3e-3, "batch_size": 16, "hidden": 8}
-START = {  # one update that moves nothing
-    "gradient_steps": 1, "learning_rate": 1e-12, "batch_size": 4, "hidden": 8,
+STEPS = {
+    "gradient_steps": 8, "learning_rate": 3e-3, "batch_size": 16, "hidden": 8, "eval_every": 5,
 }
-START_TEACHERS = {
-    "teacher_steps": 1, "teacher_learning_rate": 1e-12, "teacher_batch_size": 4,
-    "teacher_hidden": 8,
+TEACHER_STEPS = {
+    "teacher_steps": 7, "teacher_learning_rate": 2e-3, "teacher_batch_size": 12,
+    "teacher_hidden": 6,
 }
-TEACHERS = {
-    "teacher_steps": 8, "teacher_learning_rate": 3e-3, "teacher_batch_size": 16,
-    "teacher_hidden": 8,
-}
+CLONING = {"bc_coef": 0.7, "bc_temperature": 0.4, "anneal": 0.6}
 # fmt: on
 
 
 def flags(settings: dict) -> list:
-    """{"batch_size": 8} -> ["--batch-size", 8]."""
+    """{"batch_size": 8, "common_seed": True} -> ["--batch-size", 8, "--common-seed"]."""
     argv = []
     for name, value in settings.items():
-        argv += [f"--{name.replace('_', '-')}", value]
+        argv.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            argv.append(value)
     return argv
 
 
@@ -127,35 +135,19 @@ def parsed(monkeypatch, name, *argv) -> dict:
 
 
 def defaults(name) -> dict:
-    """The expected defaults of a script, as parsed: the number of threads is known then."""
-    own = OWN_DEFAULTS[name]
-    expected = {}
-    for field in vars(TRAINING[name].Args()):
-        expected[field] = own[field] if field in own else DEFAULTS[field]
-    return expected | {"threads": len(os.sched_getaffinity(0))}
+    expected = DEFAULTS | OWN_DEFAULTS[name]
+    fields = vars(TRAINING.get(name, measure).Args())
+    return {field: expected[field] for field in fields}
 
 
 @pytest.mark.parametrize("name", OWN_DEFAULTS)
 def test_defaults(name):
-    module = TRAINING.get(name, measure)
-    own = OWN_DEFAULTS[name]
-    found = vars(module.Args())
-    for field, value in found.items():
-        assert value == (own[field] if field in own else DEFAULTS[field]), field
-    assert own.keys() <= found.keys()
-
-
-@pytest.mark.parametrize("name", TRAINING)
-def test_no_flags(name, monkeypatch):
-    assert parsed(monkeypatch, name) == defaults(name)
+    assert vars(TRAINING.get(name, measure).Args()) == defaults(name)
 
 
 def test_constants():
-    assert pbrl.LOG_STD == {
-        "deterministic": None,
-        "gaussian": (-5.0, 0.0),
-        "gaussian-tanh": (-1.0, 1.0),
-    }
+    gaussians = {"gaussian": (-5.0, 0.0), "gaussian-tanh": (-1.0, 1.0)}
+    assert pbrl.LOG_STD == naive.LOG_STD == {"deterministic": None} | gaussians
     assert td3.PLAIN_ONE_IN == {"online": 1, "noise": 10, "random90": 10, "random99": 100}
     for module in [*TRAINING.values(), measure]:
         assert module.EVAL_SEED == 2**31
@@ -163,34 +155,32 @@ def test_constants():
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_laptop_wins_over_defaults_and_flags_win_over_both(name, monkeypatch):
-    laptop = defaults(name) | {"scale": "laptop"} | LAPTOP[name]
+    plain = defaults(name) | {"threads": 1}  # torch's number, which conftest.py sets
+    laptop = plain | LAPTOP[name] | {"scale": "laptop"}
+    assert parsed(monkeypatch, name) == plain
     assert parsed(monkeypatch, name, "--scale", "laptop") == laptop
     given = {"seed": 9, "hidden": 5}
     for field in LAPTOP[name]:
-        given[field] = defaults(name)[field]  # a flag that repeats the thesis's default wins, too
-    expected = defaults(name) | {"scale": "laptop"} | given
-    assert parsed(monkeypatch, name, "--scale", "laptop", *flags(given)) == expected
-    assert parsed(monkeypatch, name, *flags(given), "--scale", "laptop") == expected
+        given[field] = plain[field]  # a flag that repeats the thesis's default wins, too
+    assert parsed(monkeypatch, name, "--scale", "laptop", *flags(given)) == laptop | given
+    assert parsed(monkeypatch, name, *flags(given), "--scale", "laptop") == laptop | given
 
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_resumed_arguments_are_defaults_and_flags_win_over_them(name, monkeypatch, tmp_path):
     stored = parsed(monkeypatch, name, "--scale", "laptop", "--seed", 7, "--run-dir", "elsewhere")
-    resume_point = {
-        "kind": f"resume point of {TRAINING[name].__name__}.py",
-        "args": stored,
-        "device": "cpu",
-    }
-    torch.save(resume_point, tmp_path / "resume.pt")
-    found = parsed(monkeypatch, name, "--device", "cpu", "--resume", tmp_path, "--hidden", 5)
-    given = {"device": "cpu", "resume": str(tmp_path), "run_dir": str(tmp_path), "hidden": 5}
-    assert found == stored | given
-    assert found["seed"] == 7 and found["learning_rate"] == LAPTOP[name]["learning_rate"]
+    kind = f"resume point of {TRAINING[name].__name__}.py"
+    torch.save({"kind": kind, "args": stored, "device": "cpu"}, tmp_path / "resume.pt")
+    given = {"device": "cpu", "resume": str(tmp_path), "hidden": 5}
+    assert parsed(monkeypatch, name, *flags(given)) == stored | given
 
 
 # ---------------------------------------------------------------------------------- the world
-TASKS = ("toy-up", "toy-down")
 SLOPES = {"toy-up": 2.0, "toy-down": -2.0, "toy-out": 0.5}
+LEVELS = {"toy-up": "medium", "toy-down": "expert", "toy-out": "medium-replay"}
+TASKS = ("toy-up", "toy-down")
+NUMBERS = [(0.0,), (1.0,)]  # task codes
+FLAGS = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)]
 
 
 class World:
@@ -205,6 +195,11 @@ class World:
         self.physics = self
         self.state = np.zeros(3)
         self.control = np.zeros(2)
+        place = np.zeros(3)
+        limits = np.array([[-1.0, 1.0]])
+        self.model = SimpleNamespace(
+            body_pos=place, geom_pos=place, site_pos=place, actuator_ctrlrange=limits
+        )
 
     def reset(self):
         self.state = self.random.uniform(-1, 1, 3)
@@ -250,25 +245,27 @@ class World:
         pass
 
 
-@pytest.fixture
-def world(monkeypatch, run_main):
-    """run_main with World in place of dm_control."""
+def use_world(monkeypatch):
+    """World in place of dm_control, in every script."""
     for module in TRAINING.values():
         monkeypatch.setattr(module, "make_env", cache(World))
-        if hasattr(module, "TAU_STATES"):
-            monkeypatch.setattr(module, "TAU_STATES", 20)
-    return run_main
+
+
+@pytest.fixture
+def world(monkeypatch, run_main):
+    """Runs a script in World; what it printed."""
+    use_world(monkeypatch)
+
+    def run(module, *args):
+        printed = run_main(module, *args)
+        assert isinstance(printed, str), printed
+        return printed
+
+    return run
 
 
 def observed(time_step):
     return torch.from_numpy(time_step.observation["observations"]).float()
-
-
-def made_up(n, seed=0) -> dict:
-    """Arrays of random transitions of World, a fifth of them terminal."""
-    arrays = make_arrays(n, 3, 2, 3, seed)
-    arrays["terminals"] = np.random.default_rng(seed + 100).random(n) < 0.2
-    return arrays
 
 
 def rewards_of(task, arrays) -> np.ndarray:
@@ -282,184 +279,136 @@ def rewards_of(task, arrays) -> np.ndarray:
     return np.array(rewards, np.float32)
 
 
-def plain_returns(weights, task, code=()) -> list:
-    """Returns of three episodes from the fixed initial states."""
-    returns = []
-    for e in range(3):
-        env = World(task)
-        env.random.seed(2**31 + e)
-        time_step = env.reset()
-        total = 0.0
-        while not time_step.last():
-            x = torch.cat([observed(time_step), torch.tensor(code)])
-            time_step = env.step(policy(weights, x[None])[0, :2].detach().numpy())
-            total += time_step.reward
-        returns.append(total)
-    return returns
+def write_data(tasks) -> dict:
+    """A dataset per task, each of another size, with short episodes -> {task: arrays}."""
+    datasets = {}
+    for i, task in enumerate(tasks):
+        n = 50 + 30 * i
+        arrays = make_arrays(n, 3, 2, 3, seed=i)
+        ends = np.random.default_rng(i).random(n)
+        arrays["terminals"] = ends < 0.1
+        arrays["timeouts"] = ends > 0.8
+        arrays["timeouts"][-1] = True
+        arrays["rewards"] = rewards_of(task, arrays)
+        write_dataset(Path(f"data/{task}-{LEVELS[task]}.npz"), task, arrays)
+        datasets[task] = arrays
+    return datasets
 
 
-# ------------------------------------------------------------------------------ networks, Adam
-def make_policy(in_dim, out_dim, hidden, layer_norm=False) -> dict:
-    """Initial weights by torch's default, drawn layer by layer; names as in a checkpoint."""
-    weights = {}
-    place = 0
-    for n_in, n_out in [(in_dim, hidden), (hidden, hidden), (hidden, out_dim)]:
-        layer = torch.nn.Linear(n_in, n_out)
-        weights[f"net.{place}.weight"] = layer.weight
-        weights[f"net.{place}.bias"] = layer.bias
-        place += 2
-        if layer_norm and place == 2:
-            weights["net.1.weight"] = torch.ones(hidden)
-            weights["net.1.bias"] = torch.zeros(hidden)
-            place = 3
-    return {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
+def write_toy_teacher(name, task, seed=0, log_std=None) -> Path:
+    """A teacher that was not trained."""
+    path = Path(f"checkpoints/{name}.pt")
+    return write_teacher(path, task, "teacher", 3, 2, 8, seed, log_std)
 
 
-def make_critics(num_critics, hidden, layer_norm=False) -> dict:
-    weights = {}
-    for j, (n_in, n_out) in enumerate([(3 + 2, hidden), (hidden, hidden), (hidden, 1)], start=1):
-        layers = [torch.nn.Linear(n_in, n_out) for _ in range(num_critics)]
-        weights[f"w{j}"] = torch.stack([layer.weight.T for layer in layers])
-        weights[f"b{j}"] = torch.stack([layer.bias[None] for layer in layers])
-    if layer_norm:
-        weights["scale"] = torch.ones(num_critics, 1, hidden)
-        weights["shift"] = torch.zeros(num_critics, 1, hidden)
-    return {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
+def write_inputs(tasks) -> dict:
+    """What a student learns from: a dataset and a teacher per task -> {task: arrays}."""
+    for i, task in enumerate(tasks):
+        write_toy_teacher(f"{task}-{LEVELS[task]}-teacher", task, seed=i)
+    return write_data(tasks)
 
 
-def normalised(h):
-    variance = h.var(1, unbiased=False, keepdim=True)
-    return (h - h.mean(1, keepdim=True)) / (variance + 1e-5).sqrt()
-
-
-def layers_of(weights, x):
-    """Both hidden layers and the output of a policy."""
-    w = list(weights.values())
-    h1 = x @ w[0].T + w[1]
-    h1 = h1.relu() if len(w) == 6 else (normalised(h1) * w[2] + w[3]).tanh()
-    h2 = (h1 @ w[-4].T + w[-3]).relu()
-    return h1, h2, (h2 @ w[-2].T + w[-1]).tanh()
-
-
-def policy(weights, x):
-    return layers_of(weights, x)[2]
-
-
-def values(w, obs, action):
-    """(K, B), one critic after the other."""
-    rows = []
-    for k in range(len(w["w1"])):
-        h = torch.cat([obs, action], dim=1) @ w["w1"][k] + w["b1"][k]
-        h = (normalised(h) * w["scale"][k] + w["shift"][k]).tanh() if "scale" in w else h.relu()
-        h = (h @ w["w2"][k] + w["b2"][k]).relu()
-        rows.append((h @ w["w3"][k] + w["b3"][k])[:, 0])
-    return torch.stack(rows)
-
-
-class Adam:
-    """Kingma and Ba 2015, algorithm 1."""
-
-    def __init__(self, weights, rate):
-        self.weights = list(weights.values())
-        self.rate = rate
-        self.t = 0
-        self.m = [torch.zeros_like(w) for w in self.weights]
-        self.v = [torch.zeros_like(w) for w in self.weights]
-
-    def minimise(self, loss):
-        self.t += 1
-        gradients = torch.autograd.grad(loss, self.weights)
-        for w, m, v, g in zip(self.weights, self.m, self.v, gradients, strict=True):
-            m.copy_(0.9 * m + 0.1 * g)
-            v.copy_(0.999 * v + 0.001 * g * g)
-            m_hat = m / (1 - 0.9**self.t)
-            v_hat = v / (1 - 0.999**self.t)
-            w.data -= self.rate * m_hat / (v_hat.sqrt() + 1e-8)
-
-
-def copied(weights):
-    return {name: weight.detach().clone() for name, weight in weights.items()}
-
-
-def follow(target, online, rate):
-    for name in target:
-        target[name] = (1 - rate) * target[name] + rate * online[name].detach()
-
-
-def assert_close(found, expected, atol=1e-6):
-    assert list(found) == list(expected)
-    for name, weight in expected.items():
-        np.testing.assert_allclose(found[name], weight.detach(), atol=atol, rtol=0, err_msg=name)
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
+# ------------------------------------------------------------------------------- parts of a loop
 def seed_of(text):
     return zlib.crc32(text.encode())
 
 
-def losses_by_step(run_dir) -> dict:
-    """{step: {metric: value}} of losses.csv."""
-    by_step = {}
-    for line in (run_dir / "losses.csv").read_text().splitlines()[1:]:
-        step, name, value = line.split(",")
-        by_step.setdefault(int(step), {})[name] = float(value)
-    return by_step
+def coded(obs, code):
+    return torch.cat([obs, torch.tensor([code] * len(obs))], dim=1)
+
+
+def noise(like, std, bound):
+    return (std * torch.randn(like.shape)).clamp(-bound, bound)
+
+
+def minimise(adam, loss):
+    adam.zero_grad()
+    loss.backward()
+    adam.step()
+
+
+def follow(target, network, rate):
+    for old, new in zip(target.parameters(), network.parameters(), strict=True):
+        old.data = (1 - rate) * old.data + rate * new.data
+
+
+def row_squares(x):
+    return (x**2).sum(dim=1)
+
+
+# ----------------------------------------------------------------------------- what a run wrote
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def read_csv(path) -> list:
+    with open(path) as file:
+        return list(csv.reader(file))[1:]
+
+
+def losses_at(step) -> dict:
+    """{metric: value} of a step in losses.csv."""
+    return {row[1]: float(row[2]) for row in read_csv("run/losses.csv") if row[0] == str(step)}
+
+
+def assert_close(weights, network, atol=1e-6):
+    torch.testing.assert_close(dict(weights), dict(network.state_dict()), atol=atol, rtol=0)
+
+
+def assert_resume_point(networks, atol=1e-6):
+    """The plain loop, which ran last, has the run's weights and drew as many random numbers."""
+    resume_point = load("run/resume.pt")
+    for name, network in networks.items():
+        assert_close(resume_point[name], network, atol)
+    assert torch.equal(resume_point["random_states"][0], torch.get_rng_state())
+
+
+def assert_returns(checkpoint, policy, task, code=()):
+    """Those of three episodes from the fixed initial states; test_env.py is about episodes."""
+    episodes = pbrl.run_episodes(policy, task, range(2**31, 2**31 + 3), workers=1, code=code)
+    returns = [episode["rewards"].sum() for episode in episodes]
+    assert checkpoint["returns"][task] == pytest.approx(returns, abs=1e-4)
 
 
 # ----------------------------------------------------------------------------------------- TD3
-
-
-def plain_td3(task, seed, a):
+def plain_td3(task, a):
     """a.total_timesteps steps -> networks, transitions, actor at a.medium_step, last metrics."""
-    torch.manual_seed(seed_of(f"{seed} behavior {task}"))
-    actor = make_policy(3, 2, a.hidden, layer_norm=True)
-    critics = make_critics(2, a.hidden, layer_norm=True)
-    target_actor = copied(actor)
-    target_critics = copied(critics)
-    actor_adam = Adam(actor, a.learning_rate)
-    critic_adam = Adam(critics, a.learning_rate)
+    torch.manual_seed(seed_of(f"{a.seed} behavior {task}"))
+    actor = td3.Actor(3, 2, a.hidden, layer_norm=True)
+    critics = td3.Critics(2, 3, 2, a.hidden)
+    target_actor = deepcopy(actor)
+    target_critics = deepcopy(critics)
+    actor_adam = Adam(actor.parameters(), a.learning_rate)
+    critic_adam = Adam(critics.parameters(), a.learning_rate)
     env = World(task)
     transitions = []
     metrics = {}
     for step in range(1, a.total_timesteps + 1):
         if step % 20 == 1:
-            env.random.seed(seed_of(f"{seed} {task} {step // 20}") % 2**31)
+            env.random.seed(seed_of(f"{a.seed} {task} {step // 20}") % 2**31)
             obs = observed(env.reset())
             metrics["return/training"] = 0.0
 
         if step <= a.learning_starts:
             action = torch.rand(2) * 2 - 1
         else:
-            action = policy(actor, obs[None])[0].detach() + a.exploration_noise * torch.randn(2)
+            action = actor(obs[None])[0].detach() + a.exploration_noise * torch.randn(2)
             action = action.clamp(-1, 1)
 
         if step > a.learning_starts:
-            index = torch.randint(len(transitions), (a.batch_size,)).tolist()
-            columns = zip(*[transitions[i] for i in index], strict=True)
-            s, b, r, s2, _ = map(torch.stack, columns)
-            noise = (a.policy_noise * torch.randn(a.batch_size, 2)).clamp(
-                -a.noise_clip, a.noise_clip
-            )
+            rows = [transitions[k] for k in torch.randint(len(transitions), (a.batch_size,))]
+            s, b, r, s2, _ = map(torch.stack, zip(*rows, strict=True))
             with torch.no_grad():
-                b2 = (policy(target_actor, s2) + noise).clamp(-1, 1)
-                y = r + a.gamma * torch.minimum(*values(target_critics, s2, b2))
-            q1, q2 = values(critics, s, b)
+                b2 = (target_actor(s2) + noise(b, a.policy_noise, a.noise_clip)).clamp(-1, 1)
+                y = r + a.gamma * torch.minimum(*target_critics(s2, b2))
+            q1, q2 = critics(s, b)
             loss = ((q1 - y) ** 2).mean() + ((q2 - y) ** 2).mean()
             metrics["loss/critics"] = loss.item()
-            critic_adam.minimise(loss)
+            minimise(critic_adam, loss)
             if step % a.policy_frequency == 0:
-                loss = -values(critics, s, policy(actor, s))[0].mean()
+                loss = -critics(s, actor(s))[0].mean()
                 metrics["loss/actor"] = loss.item()
-                actor_adam.minimise(loss)
+                minimise(actor_adam, loss)
                 follow(target_actor, actor, a.tau)
                 follow(target_critics, critics, a.tau)
 
@@ -470,7 +419,7 @@ def plain_td3(task, seed, a):
         metrics["return/training"] += time_step.reward
         obs = next_obs
         if step == a.medium_step:
-            medium = copied(actor)
+            medium = deepcopy(actor)
     networks = {
         "actor": actor,
         "critics": critics,
@@ -484,307 +433,266 @@ MORE = {"medium_step": 60, "learning_starts": 8, "policy_frequency": 2, "seed": 
 
 
 @pytest.mark.parametrize("more", [{"seed": 1}, MORE])
-def test_td3_equals_a_plain_loop(world, tmp_path, more):
-    settings = RUN | TD3 | more
-    task = TASKS[0]
-    world(td3, "--task", task, *flags(settings))
-    a = SimpleNamespace(**settings)
-    networks, transitions, medium, metrics = plain_td3(task, a.seed, a)
-    resume_point = load(tmp_path / "run/resume.pt")
-    for name, weights in networks.items():
-        assert_close(resume_point[name], weights, atol=5e-6)
-    assert torch.equal(resume_point["random_states"][0], torch.get_rng_state())
-    by_step = losses_by_step(tmp_path / "run")
-    assert list(by_step) == [20, 40, 60]
-    assert by_step[60] == pytest.approx(metrics, abs=1e-4)
-
-    for level, weights, step in (
-        ("medium", medium, a.medium_step),
-        ("expert", networks["actor"], 60),
-    ):
-        checkpoint = load(tmp_path / f"checkpoints/{task}-{level}-behavior.pt")
-        assert_close(checkpoint["actor"], weights, atol=5e-6)
+def test_td3_equals_a_plain_loop(world, more):
+    a = SimpleNamespace(**RUN | TD3 | more)
+    world(td3, "--task", "toy-up", *flags(vars(a)))
+    networks, transitions, medium, metrics = plain_td3("toy-up", a)
+    assert_resume_point(networks, atol=5e-6)
+    assert losses_at(60) == pytest.approx(metrics, abs=1e-4)
+    policies = {"medium": (a.medium_step, medium), "expert": (60, networks["actor"])}
+    for level, (step, actor) in policies.items():
+        checkpoint = load(f"checkpoints/toy-up-{level}-behavior.pt")
+        assert_close(checkpoint["actor"], actor, atol=5e-6)
         assert checkpoint["level"] == level and checkpoint["step"] == step
-        assert checkpoint["returns"][task] == pytest.approx(plain_returns(weights, task), abs=1e-3)
+        assert_returns(checkpoint, actor, "toy-up")
+        with np.load(f"data/toy-up-{level}.npz") as data:  # by this policy, without noise
+            actions = actor(torch.from_numpy(data["observations"])).detach()
+            np.testing.assert_allclose(data["actions"], actions, atol=1e-4)
     names = ["observations", "actions", "rewards", "next_observations", "physics"]
-    with np.load(tmp_path / f"data/{task}-medium-replay.npz") as data:
-        for name, column in zip(
-            names, zip(*transitions[: a.medium_step], strict=True), strict=True
-        ):
-            np.testing.assert_allclose(data[name], torch.stack(column), atol=1e-5)
+    columns = map(torch.stack, zip(*transitions[: a.medium_step], strict=True))
+    with np.load("data/toy-up-medium-replay.npz") as data:
+        for name, column in zip(names, columns, strict=True):
+            np.testing.assert_allclose(data[name], column, atol=1e-5)
         assert np.flatnonzero(data["timeouts"]).tolist() == list(range(19, a.medium_step, 20))
 
 
-def test_td3_datasets_are_rollouts_of_their_policy(world, tmp_path):
-    """Deterministic, from initial states of a stream of their own."""
-    task = TASKS[0]
-    world(td3, "--task", task, *flags(RUN | TD3))
-    starts = {}
-    for level in ("medium", "expert"):
-        weights = load(tmp_path / f"checkpoints/{task}-{level}-behavior.pt")["actor"]
-        with np.load(tmp_path / f"data/{task}-{level}.npz") as data:
-            arrays = dict(data)
-        expected = policy(weights, torch.from_numpy(arrays["observations"]))
-        np.testing.assert_allclose(arrays["actions"], expected, atol=1e-6)
-        starts[level] = arrays["observations"][::20]
-        rng = np.random.default_rng([1, seed_of(f"{task} {level} online")])
-        for obs, seed in zip(starts[level], rng.integers(2**31, size=3), strict=True):
-            env = World(task)
-            env.random.seed(int(seed))
-            np.testing.assert_array_equal(obs, observed(env.reset()))
-        assert np.flatnonzero(arrays["timeouts"]).tolist() == [19, 39, 49]
-        assert len(arrays["rewards"]) == 50
-        np.testing.assert_allclose(arrays["rewards"], rewards_of(task, arrays), atol=1e-6)
-    assert not np.isin(starts["medium"], starts["expert"]).any()
-
-
 # ---------------------------------------------------------------------------------------- PBRL
-LOG_STD = {"gaussian": (-5.0, 0.0), "gaussian-tanh": (-1.0, 1.0)}
+def plain_cloning_weights(arrays, temperature):
+    """Row by row: the better an episode, the more each of its transitions weighs."""
+    episodes = [[]]  # rows of each
+    for row in range(len(arrays["rewards"])):
+        episodes[-1].append(row)
+        if arrays["terminals"][row] or arrays["timeouts"][row]:
+            episodes.append([])
+    episodes.pop()  # the last row ends an episode
+    returns = [sum(arrays["rewards"][rows].tolist()) for rows in episodes]
+    spread = max(returns) - min(returns)
+    weights = np.empty(len(arrays["rewards"]))
+    for rows, value in zip(episodes, returns, strict=True):
+        weights[rows] = np.exp((value - max(returns)) / (temperature * spread))
+    return torch.from_numpy(weights / weights.mean()).float()
 
 
-def plain_pbrl(arrays, seed, a, bounds=None):
-    """a.gradient_steps updates on a dataset -> weights of all networks, last metrics."""
+def plain_pbrl(tables, seed, a, log_std=None, codes=((),)):
+    """a.gradient_steps steps -> all networks, and the last metrics of every table.
+
+    tables: datasets of tasks that share the actor, which reads a task's code behind the state; one
+    of them and an empty code for a plain teacher.
+    """
     torch.manual_seed(seed)
-    actor = make_policy(3, 4 if bounds else 2, a.hidden)
-    critics = make_critics(a.num_critics, a.hidden)
-    target_actor = copied(actor)
-    target_critics = copied(critics)
-    actor_adam = Adam(actor, a.learning_rate)
-    critic_adam = Adam(critics, a.learning_rate)
+    actor = pbrl.Actor(3 + len(codes[0]), 4 if log_std else 2, a.hidden)
+    critics = [pbrl.Critics(a.num_critics, 3, 2, a.hidden) for _ in tables]
+    target_actor = deepcopy(actor)
+    target_critics = deepcopy(critics)
+    actor_adam = Adam(actor.parameters(), a.learning_rate)
+    critic_adams = [Adam(network.parameters(), a.learning_rate) for network in critics]
 
-    def act(weights, obs):
-        out = policy(weights, obs)
-        if bounds is None:
+    def act(network, obs, code):
+        out = network(coded(obs, code))
+        if log_std is None:
             return out
-        low, high = bounds
+        low, high = log_std
         std = (low + (high - low) * (out[:, 2:] + 1) / 2).exp()
         return (out[:, :2] + std * torch.randn(len(obs), 2)).clamp(-1, 1)
 
     def near(action, std):
-        noise = (std * torch.randn(len(action), 2)).clamp(-a.noise_clip, a.noise_clip)
-        return (action + noise).clamp(-1, 1)
+        return (action + noise(action, std, a.noise_clip)).clamp(-1, 1)
 
     for step in range(1, a.gradient_steps + 1):
+        steps_left = a.gradient_steps - step + 1
+        if steps_left < a.anneal * a.gradient_steps:
+            share = steps_left / (a.anneal * a.gradient_steps)
+            for adam in [actor_adam, *critic_adams]:
+                adam.param_groups[0]["lr"] = a.learning_rate * share
         beta_ood = max(a.beta_ood * a.beta_ood_decay**step, a.beta_ood_min)
-        index = torch.randint(len(arrays["rewards"]), (a.batch_size,)).numpy()
-        s = torch.from_numpy(arrays["observations"][index])
-        b = torch.from_numpy(arrays["actions"][index])
-        r = torch.from_numpy(arrays["rewards"][index])
-        s2 = torch.from_numpy(arrays["next_observations"][index])
-        not_done = torch.from_numpy(1.0 - arrays["terminals"][index]).float()
-        with torch.no_grad():
-            q2 = values(target_critics, s2, near(act(target_actor, s2), a.policy_noise))
-            y = r + a.gamma * not_done * (q2 - a.beta_in * q2.std(dim=0))
-            states = torch.cat([s, s2])
-            centre = act(actor, states)
-            ood_actions = [near(centre, a.ood_noise) for _ in range(a.num_ood)]
-        q = values(critics, s, b)
-        ood_q = torch.cat([values(critics, states, ood) for ood in ood_actions], dim=1)
-        u = ood_q.std(dim=0).detach()
-        ood_y = (ood_q.detach() - beta_ood * u).clamp(min=0)
-        in_loss = sum(((q[k] - y[k]) ** 2).mean() for k in range(a.num_critics))
-        ood_loss = sum(((ood_q[k] - ood_y[k]) ** 2).mean() for k in range(a.num_critics))
-        critic_adam.minimise(in_loss + ood_loss)
-        if step % a.policy_frequency == 0:
-            action = act(actor, s)
-            lowest = values(critics, s, action).min(dim=0).values
-            loss = -lowest.mean()
-            if a.bc_coef:
-                cloning = ((action - b) ** 2).sum(dim=1).mean()
-                loss = loss / lowest.abs().mean().item() + a.bc_coef * cloning
-            actor_adam.minimise(loss)
-        follow(target_critics, critics, a.tau)
+        metrics = []
+        for i, table in enumerate(tables):
+            index = torch.randint(len(table["rewards"]), (a.batch_size,)).numpy()
+            s = torch.from_numpy(table["observations"][index])
+            b = torch.from_numpy(table["actions"][index])
+            r = torch.from_numpy(table["rewards"][index])
+            s2 = torch.from_numpy(table["next_observations"][index])
+            not_done = torch.from_numpy(1.0 - table["terminals"][index]).float()
+            with torch.no_grad():
+                q2 = target_critics[i](s2, near(act(target_actor, s2, codes[i]), a.policy_noise))
+                y = r + a.gamma * not_done * (q2 - a.beta_in * q2.std(dim=0))
+                states = torch.cat([s, s2])
+                centre = act(actor, states, codes[i])
+                ood_actions = [near(centre, a.ood_noise) for _ in range(a.num_ood)]
+            q = critics[i](s, b)
+            ood_q = torch.cat([critics[i](states, action) for action in ood_actions], dim=1)
+            u = ood_q.std(dim=0).detach()
+            ood_y = (ood_q.detach() - beta_ood * u).clamp(min=0)
+            in_loss = sum(((q[k] - y[k]) ** 2).mean() for k in range(a.num_critics))
+            ood_loss = sum(((ood_q[k] - ood_y[k]) ** 2).mean() for k in range(a.num_critics))
+            minimise(critic_adams[i], in_loss + ood_loss)
+            if step % a.policy_frequency == 0:
+                action = act(actor, s, codes[i])
+                lowest = critics[i](s, action).min(dim=0).values
+                loss = -lowest.mean()
+                if a.bc_coef:
+                    weight = plain_cloning_weights(table, a.bc_temperature)[index]
+                    cloning = (weight * row_squares(action - b)).mean()
+                    loss = loss / lowest.abs().mean().item() + a.bc_coef * cloning
+                minimise(actor_adam, loss)
+            follow(target_critics[i], critics[i], a.tau)
+            table_metrics = {
+                "loss/in_distribution": in_loss.item(),
+                "loss/ood": ood_loss.item(),
+                "value/q_data": q.mean().item(),
+                "value/q_ood": ood_q.mean().item(),
+                "uncertainty/data": q.std(dim=0).mean().item(),
+                "uncertainty/ood": u.mean().item(),
+                "beta_ood": beta_ood,
+            }
+            metrics.append(table_metrics)
         follow(target_actor, actor, a.actor_tau)
-    networks = {
-        "actor": actor,
-        "critics": critics,
-        "target_actor": target_actor,
-        "target_critics": target_critics,
-    }
-    metrics = {
-        "loss/in_distribution": in_loss.item(),
-        "loss/ood": ood_loss.item(),
-        "value/q_data": q.mean().item(),
-        "value/q_ood": ood_q.mean().item(),
-        "uncertainty/data": q.std(dim=0).mean().item(),
-        "uncertainty/ood": u.mean().item(),
-        "beta_ood": beta_ood,
-    }
+    networks = {"actor": actor, "target_actor": target_actor}
+    for i in range(len(tables)):
+        end = f"_{i}" if len(tables) > 1 else ""
+        networks[f"critics{end}"] = critics[i]
+        networks[f"target_critics{end}"] = target_critics[i]
     return networks, metrics
 
 
-def run_pbrl(world, folder, task, arrays, settings, *options) -> dict:
-    """mop_pbrl_teacher.py on a dataset -> its checkpoint."""
-    path = write_dataset(folder / "data.npz", task, arrays)
-    files = ["--data", path, "--output", folder / "out.pt", "--run-dir", folder / "run"]
-    world(pbrl, "--task", task, *flags(settings), *files, *options)
-    return load(folder / "out.pt")
-
-
-@pytest.mark.parametrize("kind", ["deterministic", "gaussian", "gaussian-tanh", "cloning"])
-def test_pbrl_equals_a_plain_loop(world, tmp_path, kind):
-    task = TASKS[0]
-    bounds = LOG_STD.get(kind)
-    settings = RUN | PBRL | SMALL | {"seed": 3, "eval_every": 5}
-    settings["bc_coef"] = 0.7 if kind == "cloning" else 0.0
-    options = ["--actor", kind] if bounds else []
-    checkpoint = run_pbrl(world, tmp_path, task, made_up(50), settings, *options)
-    seed = seed_of(f"3 teacher {task} from {task}")
-    networks, metrics = plain_pbrl(made_up(50), seed, SimpleNamespace(**settings), bounds)
-    resume_point = load(tmp_path / "run/resume.pt")
-    for name, weights in networks.items():
-        assert_close(resume_point[name], weights)
-    assert torch.equal(resume_point["random_states"][0], torch.get_rng_state())
-    assert_close(checkpoint["actor"], networks["actor"])
-    assert_close(checkpoint["critics"], networks["critics"])
-    by_step = losses_by_step(tmp_path / "run")
-    assert list(by_step) == [5, 8]
-    assert by_step[8] == pytest.approx(metrics, abs=2e-5)
-    expected = plain_returns(networks["actor"], task)
-    assert checkpoint["returns"][task] == pytest.approx(expected, abs=1e-4)
-
-
-# -------------------------------------------------------------------------------- distillation
-def coded(obs, code):
-    return torch.cat([obs, torch.tensor([code] * len(obs))], dim=1)
-
-
-def plain_student(states, labels, codes, seed, a, loss):
-    """a.gradient_steps updates -> weights, last loss per task.
-
-    loss(student, i, obs, label): of every row of a batch of task i.
-    """
-    torch.manual_seed(seed_of(f"{seed} student"))
-    student = make_policy(3 + len(codes[0]), labels[0].shape[1], a.hidden)
-    adam = Adam(student, a.learning_rate)
-    for _ in range(a.gradient_steps):
-        losses = []
-        for i, label in enumerate(labels):
-            index = torch.randint(len(states[i]), (a.batch_size,))
-            losses.append(loss(student, i, states[i][index], label[index]).mean())
-        adam.minimise(sum(losses) / len(losses))
-    return student, [value.item() for value in losses]
-
-
-def squared_error(student, x, label):
-    return ((policy(student, x) - label) ** 2).sum(dim=1)
-
-
-def normal(out):
-    return torch.distributions.Normal(out[:, :2], (-5 + 2.5 * (out[:, 2:] + 1)).exp())
-
-
-def plain_ranking(name, x, y):
-    """The ranking loss of every row, as the thesis writes it."""
-    n = x.shape[1]
-    losses = []
-    for row_x, row_y in zip(x, y, strict=True):
-        total = 0.0
-        if name == "ndcg":
-            order = row_x.argsort(descending=True, stable=True)
-            best = row_y.sort(descending=True).values
-            ideal = 0.0
-            for rank in range(n):
-                total = total - row_y[order[rank]] / np.log2(rank + 2)
-                ideal = ideal + best[rank] / np.log2(rank + 2)
-            total = total / ideal
-        elif name == "listwise":
-            p = row_x.exp() / row_x.exp().sum()
-            q = row_y.exp() / row_y.exp().sum()
-            total = -(q * p.log()).sum()
-        else:
-            for j in range(n):
-                product = (row_x[j] - row_x) * (row_y[j] - row_y)
-                total = total + torch.log(1 + torch.exp(-product)).sum()
-        losses.append(total)
-    return torch.stack(losses)
-
-
-CASES = {
-    "mse": [],
-    "q": ["--loss", "q"],
-    "kl": ["--loss", "kl"],
-    "ndcg": ["--regularizer", "ndcg"],
-    "pairwise": ["--regularizer", "pairwise"],
-    "listwise": ["--regularizer", "listwise", "--task-encoding", "onehot"],
+PBRL_CASES = {
+    "deterministic": {},
+    "gaussian": {"actor": "gaussian"},
+    "gaussian-tanh": {"actor": "gaussian-tanh"},
+    "cloning, annealed": CLONING,
+    "common seed": {"common_seed": True},
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_distillation_equals_a_plain_loop(world, tmp_path, case):
+@pytest.mark.parametrize("case", PBRL_CASES)
+def test_pbrl_equals_a_plain_loop(world, case):
+    a = SimpleNamespace(**RUN | PBRL | STEPS | {"seed": 3} | PBRL_CASES[case])
+    datasets = write_data(["toy-up"])
+    world(pbrl, "--task", "toy-up", *flags(vars(a)))
+    seed = seed_of("3" if case == "common seed" else "3 teacher toy-up from toy-up")
+    log_std = pbrl.LOG_STD.get(case)
+    networks, metrics = plain_pbrl([datasets["toy-up"]], seed, a, log_std)
+    assert_resume_point(networks)
+    kind = f"teacher-{case}" if log_std else "teacher"
+    checkpoint = load(f"checkpoints/toy-up-medium-{kind}.pt")
+    assert_close(checkpoint["actor"], networks["actor"])
+    assert_close(checkpoint["critics"], networks["critics"])
+    assert checkpoint["sizes"]["log_std"] == log_std
+    assert_returns(checkpoint, networks["actor"], "toy-up")
+    assert losses_at(8) == pytest.approx(metrics[0], abs=2e-5)
+    assert [row[0] for row in read_csv("run/returns.csv")] == ["5"] * 2 + ["8"] * 3
+
+
+@pytest.mark.parametrize("more", [{"actor": "gaussian"}, CLONING | {"common_seed": True}])
+def test_naive_multitask_pbrl_equals_a_plain_loop(world, more):
+    a = SimpleNamespace(**RUN | PBRL | STEPS | {"seed": 3} | more)
+    datasets = write_data(TASKS)
+    world(naive, "--tasks", *TASKS, "--level", "medium", "expert", *flags(vars(a)))
+    stream = "" if "common_seed" in more else " teacher toy-up+toy-down from toy-up+toy-down"
+    log_std = (-5.0, 0.0) if "actor" in more else None
+    tables = list(datasets.values())
+    networks, metrics = plain_pbrl(tables, seed_of(f"3{stream}"), a, log_std, NUMBERS)
+    assert_resume_point(networks)
+    checkpoint = load("checkpoints/toy-up+toy-down-medium+expert-naive.pt")
+    assert_close(checkpoint["actor"], networks["actor"])
+    expected = {"beta_ood": metrics[0].pop("beta_ood")}
+    for i, task in enumerate(TASKS):
+        assert_close(checkpoint["critics"][i], networks[f"critics_{i}"])
+        assert_returns(checkpoint, networks["actor"], task, NUMBERS[i])
+        for name in metrics[0]:
+            expected[f"{name}/{task}"] = metrics[i][name]
+    assert losses_at(8) == pytest.approx(expected, abs=2e-5)
+
+
+# -------------------------------------------------------------------------------- distillation
+def plain_student(tasks, codes, states, labels, a, loss):
+    """a.gradient_steps updates -> student, last metrics.
+
+    loss(student, i, states, labels) of a batch of task i: {metric: (its weight, value per row)}.
+    """
+    torch.manual_seed(seed_of(f"{a.seed} student"))
+    student = distill.Actor(3 + len(codes[0]), labels[0].shape[1], a.hidden)
+    adam = Adam(student.parameters(), a.learning_rate)
+    for _ in range(a.gradient_steps):
+        total = 0.0
+        metrics = {}
+        for i in range(len(tasks)):
+            index = torch.randint(len(states[i]), (a.batch_size,))
+            parts = loss(student, i, states[i][index], labels[i][index])
+            for name, (weight, rows) in parts.items():
+                total = total + weight * rows.mean() / len(tasks)
+                metrics[name] = rows.mean().item()
+        metrics["loss/total"] = total.item()
+        minimise(adam, total)
+    return student, metrics
+
+
+def normal(out):
+    return Normal(out[:, :2], (-5 + 2.5 * (out[:, 2:] + 1)).exp())
+
+
+DISTILL_CASES = {
+    "mse": {},
+    "q": {"loss": "q"},
+    "kl": {"loss": "kl"},
+    "ndcg": {"regularizer": "ndcg"},
+    "pairwise": {"regularizer": "pairwise"},
+    "listwise": {"regularizer": "listwise", "task_encoding": "onehot"},  # of three tasks
+}
+
+
+@pytest.mark.parametrize("case", DISTILL_CASES)
+def test_distillation_equals_a_plain_loop(world, case):
     tasks = TASKS
-    codes = [(0.0,), (1.0,)]
+    codes = NUMBERS
     if case == "listwise":
-        tasks = ("toy-up", "toy-down", "toy-out")
-        codes = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)]
-    data = []
-    paths = []
-    teachers = []
+        tasks = tuple(SLOPES)
+        codes = FLAGS
+    datasets = write_data(tasks)
+    critics = []
     states = []
     labels = []
     for i, task in enumerate(tasks):
-        arrays = made_up(40 + 30 * i, seed=i)
-        data.append(write_dataset(tmp_path / f"{i}.npz", task, arrays))
+        kind = "teacher-gaussian" if case == "kl" else "teacher"
         log_std = (-5.0, 0.0) if case == "kl" else None
-        paths.append(write_teacher(tmp_path / f"{i}.pt", task, "teacher", 3, 2, 8, i, log_std))
-        teachers.append(load(paths[i]))
-        states.append(torch.from_numpy(arrays["observations"]))
-        labels.append(policy(teachers[i]["actor"], states[i]))
-    settings = RUN | SMALL | {"seed": 4, "reg_lambda": 0.3, "eval_every": 5}
-    files = ["--tasks", *tasks, "--data", *data, "--teachers", *paths]
-    world(distill, *files, *CASES[case], *flags(settings))
+        teacher = load(write_toy_teacher(f"{task}-{LEVELS[task]}-{kind}", task, i, log_std))
+        critics.append(distill.load_critics(teacher))
+        states.append(torch.from_numpy(datasets[task]["observations"]))
+        labels.append(distill.load_actor(teacher)(states[i]))
+    a = SimpleNamespace(**RUN | STEPS | {"seed": 4, "reg_lambda": 0.3} | DISTILL_CASES[case])
+    levels = [LEVELS[task] for task in tasks]
+    world(distill, "--tasks", *tasks, "--level", *levels, *flags(vars(a)))
 
     def loss(student, i, obs, label):
         x = coded(obs, codes[i])
         if case == "q":
-            return -values(teachers[i]["critics"], obs, policy(student, x)).min(dim=0).values
+            q = critics[i](obs, student(x)).min(dim=0).values
+            return {f"loss/q/{tasks[i]}": (1.0, -q)}
         if case == "kl":
-            student_normal = normal(policy(student, x))
-            return torch.distributions.kl_divergence(student_normal, normal(label)).sum(dim=1)
-        total = squared_error(student, x, label)
-        for j in range(len(tasks)):
+            kl = kl_divergence(normal(student(x)), normal(label))
+            return {f"loss/kl/{tasks[i]}": (1.0, kl.sum(dim=1))}
+        parts = {f"loss/mse/{tasks[i]}": (1.0, row_squares(student(x) - label))}
+        for j, other_task in enumerate(tasks):
             if case != "mse" and j != i:
-                own = layers_of(student, x)
-                other = layers_of(student, coded(obs, codes[j]))
-                ranking = plain_ranking(case, own[0], other[0])
-                ranking = ranking + plain_ranking(case, own[1], other[1])
-                total = total + 0.3 * ranking / (len(tasks) - 1)
-        return total
+                h1, h2 = distill.hidden_layers(student, x)
+                other_h1, other_h2 = distill.hidden_layers(student, coded(obs, codes[j]))
+                rank = distill.RANKING_LOSSES[case]
+                rows = rank(h1, other_h1) + rank(h2, other_h2)
+                parts[f"loss/{case}/{tasks[i]}/{other_task}"] = (0.3 / (len(tasks) - 1), rows)
+        return parts
 
-    a = SimpleNamespace(**settings)
-    student, losses = plain_student(states, labels, codes, 4, a, loss)
-    resume_point = load(tmp_path / "run/resume.pt")
-    checkpoint = load(tmp_path / "run/student.pt")
-    assert_close(resume_point["student"], student)
+    student, metrics = plain_student(tasks, codes, states, labels, a, loss)
+    assert_resume_point({"student": student})
+    checkpoint = load("run/student.pt")
     assert_close(checkpoint["actor"], student)
-    assert torch.equal(resume_point["random_states"][0], torch.get_rng_state())
-    by_step = losses_by_step(tmp_path / "run")
-    assert list(by_step) == [5, 8]
-    assert by_step[8]["loss/total"] == pytest.approx(np.mean(losses), abs=2e-5)
+    assert losses_at(8) == pytest.approx(metrics, abs=2e-5)
     for i, task in enumerate(tasks):
-        logged = 0.0
-        for name, value in by_step[8].items():
-            if name.startswith((f"loss/mse/{task}", f"loss/q/{task}", f"loss/kl/{task}")):
-                logged += value
-            elif f"/{task}/" in name:
-                logged += 0.3 * value / (len(tasks) - 1)
-        assert logged == pytest.approx(losses[i], abs=2e-5)
-        expected = plain_returns(student, task, codes[i])
-        assert checkpoint["returns"][task] == pytest.approx(expected, abs=1e-4)
+        assert_returns(checkpoint, student, task, codes[i])
+    steps = [row[0] for row in read_csv("run/returns.csv")]
+    assert steps == ["5"] * 2 * len(tasks) + ["8"] * 3 * len(tasks)
 
 
 # ------------------------------------------------------------------ data sharing and Q-switch
-def write_data(folder, tasks=TASKS) -> dict:
-    """A dataset per task, each of another size -> {task: arrays}."""
-    datasets = {}
-    for task in tasks:
-        i = list(SLOPES).index(task)
-        datasets[task] = made_up(50 + 30 * i, seed=i)
-        datasets[task]["rewards"] = rewards_of(task, datasets[task])
-        write_dataset(folder / f"data/{task}-medium.npz", task, datasets[task])
-    return datasets
-
-
 def union(datasets, task, sources) -> dict:
     """The data of the sources with the rewards of a task."""
     parts = []
@@ -793,157 +701,98 @@ def union(datasets, task, sources) -> dict:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def run_extension(world, module, settings, *options, tasks=TASKS) -> dict:
-    """A run that trains all teachers -> {(task, sources of its data): checkpoint}."""
-    if module is oqs:
-        options = [*options, "--teachers", *["train"] * len(tasks)]
-    world(module, "--tasks", *tasks, *flags(settings), *options)
-    teachers = {}
-    for task in tasks:
-        if module is ds:
-            teachers[task, tasks] = load(f"checkpoints/{task}-medium-ds-teacher.pt")
-        else:
-            for source in tasks:
-                path = f"checkpoints/{task}-from-{source}-medium-teacher.pt"
-                teachers[task, (source,)] = load(path)
-    return teachers
-
-
-def best_action(teachers, state):
-    """The action of the teacher that values its own action most, state by state."""
-    actions = [policy(teacher["actor"], state[None]) for teacher in teachers]
+def winners_of(teachers, states) -> list:
+    """Of every state the teacher that values its own action most."""
     lowest = []
-    for teacher, action in zip(teachers, actions, strict=True):
-        lowest.append(values(teacher["critics"], state[None], action).min().item())
-    return actions[lowest.index(max(lowest))][0]
+    for teacher in teachers:
+        action = oqs.load_actor(teacher)(states)
+        lowest.append(oqs.load_critics(teacher)(states, action).min(dim=0).values)
+    return [row.index(max(row)) for row in torch.stack(lowest, dim=1).tolist()]
+
+
+EXTENSION_CASES = {
+    "two tasks": (TASKS, NUMBERS, CLONING),
+    "three tasks": (tuple(SLOPES)[::-1], FLAGS, {"common_seed": True, "task_encoding": "onehot"}),
+}
 
 
 @pytest.mark.parametrize("module", [ds, oqs])
-def test_teachers_and_student_equal_plain_loops(world, tmp_path, module):
-    datasets = write_data(tmp_path)
-    settings = RUN | PBRL | TEACHERS | SMALL | {"seed": 6, "eval_every": 5, "bc_coef": 0.7}
-    teachers = run_extension(world, module, settings)
-    random_state = torch.get_rng_state()
+@pytest.mark.parametrize("case", EXTENSION_CASES)
+def test_data_sharing_and_q_switch_equal_plain_loops(world, module, case):
+    tasks, codes, more = EXTENSION_CASES[case]
+    settings = RUN | PBRL | STEPS | TEACHER_STEPS | {"seed": 6} | more
     a = SimpleNamespace(**settings)
-    by_step = losses_by_step(tmp_path / "run")
-    assert list(by_step) == [5, 8]
-    for (task, sources), teacher in teachers.items():
-        seed = seed_of(f"6 teacher {task} from {'+'.join(sorted(sources))}")
-        networks, metrics = plain_pbrl(union(datasets, task, sources), seed, a)
+    for name in ("learning_rate", "batch_size", "hidden"):
+        settings[name] = settings[f"teacher_{name}"]
+    teacher_a = SimpleNamespace(**settings | {"gradient_steps": a.teacher_steps})
+    datasets = write_inputs(tasks)  # with MOP's teachers, which the Q-switch takes
+    levels = [LEVELS[task] for task in tasks]
+    world(module, "--tasks", *tasks, "--level", *levels, *flags(vars(a)))
+
+    # teachers
+    teachers = {task: [] for task in tasks}
+    losses = losses_at(7)
+    sources = tasks if module is oqs else ["all"]
+    for task, source in product(tasks, sources):
+        if source == task:
+            teachers[task].append(load(f"checkpoints/{task}-{LEVELS[task]}-teacher.pt"))
+            continue
+        path = f"run/{task}-from-{source}-{LEVELS.get(source)}-teacher.pt"
+        label = f"{task} from {source}"
+        data_tasks = [source]
+        if module is ds:
+            path = f"run/{task}-{LEVELS[task]}-ds-teacher.pt"
+            label = f"{task} teacher"
+            data_tasks = list(tasks)
+        teacher = load(path)
+        teachers[task].append(teacher)
+        stream = f" teacher {task} from {'+'.join(sorted(data_tasks))}"
+        if "common_seed" in more:
+            stream = ""
+        table = union(datasets, task, data_tasks)
+        networks, metrics = plain_pbrl([table], seed_of(f"6{stream}"), teacher_a)
         assert_close(teacher["actor"], networks["actor"])
         assert_close(teacher["critics"], networks["critics"])
-        assert teacher["step"] == 8 and teacher["data_tasks"] == list(sources)
-        label = "teacher" if module is ds else f"from {sources[0]}"
-        for name, value in metrics.items():
-            assert by_step[8][f"{task} {label}/{name}"] == pytest.approx(value, abs=2e-5), name
-        expected = plain_returns(teacher["actor"], task)
-        assert teacher["returns"][task] == pytest.approx(expected, abs=1e-4)
+        assert teacher["step"] == 7 and teacher["data_tasks"] == data_tasks
+        assert teacher["level"] == LEVELS[task if module is ds else source]
+        assert_returns(teacher, networks["actor"], task)
+        for name, value in metrics[0].items():
+            assert losses[f"{label}/{name}"] == pytest.approx(value, abs=2e-5), name
 
-    states = torch.cat([torch.from_numpy(data["observations"]) for data in datasets.values()])
+    # student
+    states = torch.cat([torch.from_numpy(datasets[task]["observations"]) for task in tasks])
     labels = []
-    for task in TASKS:
-        candidates = [teacher for key, teacher in teachers.items() if key[0] == task]
-        labels.append(torch.stack([best_action(candidates, state) for state in states]))
-    codes = [(0.0,), (1.0,)]
+    winners = {}
+    for task in tasks:
+        actions = torch.stack([module.load_actor(teacher)(states) for teacher in teachers[task]])
+        winners[task] = winners_of(teachers[task], states)
+        labels.append(actions[winners[task], range(len(states))])
 
     def loss(student, i, obs, label):
-        return squared_error(student, coded(obs, codes[i]), label)
+        rows = row_squares(student(coded(obs, codes[i])) - label)
+        return {f"loss/mse/{tasks[i]}": (1.0, rows)}
 
-    student, losses = plain_student([states, states], labels, codes, 6, a, loss)
-    assert torch.equal(random_state, torch.get_rng_state())
+    student, metrics = plain_student(tasks, codes, [states] * len(tasks), labels, a, loss)
+    assert torch.equal(load("run/resume.pt")["random_states"][0], torch.get_rng_state())
     checkpoint = load("run/student.pt")
     assert_close(checkpoint["actor"], student)
-    assert by_step[8]["loss/total"] == pytest.approx(np.mean(losses), abs=2e-5)
-    for i, task in enumerate(TASKS):
-        assert by_step[8][f"loss/mse/{task}"] == pytest.approx(losses[i], abs=2e-5)
-        expected = plain_returns(student, task, codes[i])
-        assert checkpoint["returns"][task] == pytest.approx(expected, abs=1e-4)
+    assert losses_at(8) == pytest.approx(metrics, abs=2e-5)
+    for i, task in enumerate(tasks):
+        assert_returns(checkpoint, student, task, codes[i])
 
+    # whose actions were taken, on which task's states
+    if module is oqs:
+        start = 0
+        for source in tasks:
+            end = start + len(datasets[source]["rewards"])
+            for task, (j, other) in product(tasks, enumerate(tasks)):
+                share = winners[task][start:end].count(j) / (end - start)
+                assert checkpoint["switch"][task][source][f"from {other}"] == pytest.approx(share)
+            start = end
 
-def test_relabelled_rewards_are_read_by_the_other_script(world, tmp_path, monkeypatch):
-    """What mop_ds.py has computed mop_oqs.py does not compute again."""
-    write_data(tmp_path)
-    settings = RUN | START | START_TEACHERS
-    run_extension(world, ds, settings)
-    assert len(list((tmp_path / "data").glob("*.npy"))) == 2
-    asked = []
-    compute = oqs.compute_rewards
-
-    def record(task, physics, actions):
-        asked.append(task)
-        return compute(task, physics, actions)
-
-    monkeypatch.setattr(oqs, "compute_rewards", record)
-    run_extension(world, oqs, settings | {"run_dir": "other"})
-    assert asked == list(TASKS)  # each for its own rows, to see that its physics states fit
-
-
-# ------------------------------------------------------------------------------------- streams
-
-
-def distinct(a, b):
-    """No random weight of a is found in b."""
-    return not any(np.isin(a[name], b[name]).any() for name in a)
-
-
-def start_of(world, folder, task, *options):
-    """A teacher's weights and random state after one update that moves nothing."""
-    checkpoint = run_pbrl(world, folder, task, made_up(50), RUN | START, *options)
-    random_state = load(folder / "run/resume.pt")["random_states"][0]
-    return checkpoint["actor"], checkpoint["critics"], random_state
-
-
-def test_every_teacher_has_its_own_stream(world, tmp_path):
-    up = start_of(world, tmp_path / "up", "toy-up")
-    down = start_of(world, tmp_path / "down", "toy-down")
-    other_seed = start_of(world, tmp_path / "seed", "toy-up", "--seed", 2)
-    for other in (down, other_seed):
-        assert distinct(up[0], other[0]) and distinct(up[1], other[1])
-        assert not torch.equal(up[2], other[2])
-    again = start_of(world, tmp_path / "again", "toy-up", "--seed", 1)
-    assert_equal(again[0], up[0])
-
-
-def test_a_common_seed(world, tmp_path):
-    up = start_of(world, tmp_path / "up", "toy-up", "--common-seed")
-    down = start_of(world, tmp_path / "down", "toy-down", "--common-seed")
-    assert_equal(up[0], down[0])
-    assert_equal(up[1], down[1])
-    assert torch.equal(up[2], down[2])
-
-
-@pytest.mark.parametrize("common", [False, True])
-@pytest.mark.parametrize("module", [ds, oqs])
-def test_streams_of_several_teachers(world, tmp_path, module, common):
-    write_data(tmp_path)
-    options = ["--common-seed"] if common else []
-    teachers = run_extension(world, module, RUN | START | START_TEACHERS, *options)
-    actors = [teacher["actor"] for teacher in teachers.values()]
-    student = load("run/student.pt")["actor"]
-    del student["net.0.weight"]  # has another shape
-    for k, actor in enumerate(actors):
-        assert distinct(student, actor)
-        for other in actors[:k]:
-            if common:
-                assert_equal(actor, other)
-            else:
-                assert distinct(actor, other)
-
-
-def test_order_and_number_of_tasks_do_not_matter(world, tmp_path, monkeypatch):
-    """A teacher depends on its task and data only; teacher ii is mop_pbrl_teacher.py's."""
-    settings = RUN | PBRL | TEACHERS | START | {"teacher_steps": 3}
-    found = {}
-    for tasks in (TASKS, TASKS[::-1], tuple(SLOPES)):
-        folder = tmp_path / "+".join(tasks)
-        datasets = write_data(folder, tasks)
-        monkeypatch.chdir(folder)
-        found[tasks] = run_extension(world, oqs, settings, tasks=tasks)
-        assert len(found[tasks]) == len(tasks) ** 2
-        for key, teacher in found[TASKS].items():
-            assert_equal(found[tasks][key]["actor"], teacher["actor"])
-            assert_equal(found[tasks][key]["critics"], teacher["critics"])
-    for task in TASKS:
-        alone = RUN | PBRL | SMALL | {"gradient_steps": 3}
-        checkpoint = run_pbrl(world, tmp_path / task, task, datasets[task], alone)
-        assert_equal(checkpoint["actor"], found[TASKS][task, (task,)]["actor"])
+    # rewards are kept where both scripts look for them
+    for source, task in permutations(tasks, 2):
+        arrays = datasets[source]
+        key = zlib.crc32(arrays["physics"], zlib.crc32(arrays["actions"]))
+        name = f"{source}-{LEVELS[source]}.{task}-{mujoco.__version__}-{key:08x}.npy"
+        np.testing.assert_allclose(np.load(f"data/{name}"), rewards_of(task, arrays), rtol=1e-6)

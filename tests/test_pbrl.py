@@ -1,12 +1,15 @@
-"""PBRL's losses by hand and against plain loops, and Gaussian teachers."""
+"""PBRL's losses and the weights of its cloning, by hand; test_loops.py has its loop."""
+
+import math
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import kstest
 
+import mop_ds as ds
+import mop_oqs as oqs
 import mop_pbrl_teacher as pbrl
-from conftest import make_arrays, write_dataset
+from test_loops import naive
 
 
 def by_hand(obs, action):
@@ -50,82 +53,42 @@ def test_critic_loss_by_hand(terminal):
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected)
 
 
-def test_only_the_critics_get_a_gradient_from_their_loss():
-    torch.manual_seed(0)
-    networks = [pbrl.Critics(3, 24, 6, 8), pbrl.Critics(3, 24, 6, 8)]
-    networks += [pbrl.Actor(24, 6, 8), pbrl.Actor(24, 6, 8)]
-    arrays = make_arrays(20)
-    batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    loss, _ = pbrl.pbrl_critic_loss(*networks, batch, 1.0, pbrl.Args())
-    loss.backward()
-    for p in networks[0].parameters():
-        assert p.grad.flatten(1).abs().sum(dim=1).gt(0).all()  # every one of the K
-    for network in networks[1:]:
-        assert all(p.grad is None for p in network.parameters())
-
-
 def test_actor_loss_by_hand():
-    """s = 1 and -2, pi = 0.5: the lower critics are 0.5 and -2.5; a = 0 and 1."""
+    """s = 1 and -2, pi = 0.5: the lower critics are 0.5 and -2.5; a = 0 and -0.5."""
     obs = torch.tensor([[1.0], [-2.0]])
-    action = torch.tensor([[0.0], [1.0]])
-    loss = pbrl.pbrl_actor_loss(constant(0.5), by_hand, obs, action, bc_coef=0.0)
+    action = torch.tensor([[0.0], [-0.5]])
+    weight = torch.tensor([2.0, 0.25])
+    loss = pbrl.pbrl_actor_loss(constant(0.5), by_hand, obs, action, weight, bc_coef=0.0)
     assert loss.item() == pytest.approx(1.0)
-    loss = pbrl.pbrl_actor_loss(constant(0.5), by_hand, obs, action, bc_coef=0.7)
-    assert loss.item() == pytest.approx(1 / 1.5 + 0.7 * 0.25)
+    loss = pbrl.pbrl_actor_loss(constant(0.5), by_hand, obs, action, weight, bc_coef=0.7)
+    cloning = (2 * 0.5**2 + 0.25 * 1.0**2) / 2
+    assert loss.item() == pytest.approx(1 / 1.5 + 0.7 * cloning)
 
 
-def test_uncertainty_is_the_unbiased_std():
-    q = torch.randn(5, 30)
-    np.testing.assert_allclose(pbrl.uncertainty(q), np.std(q.numpy(), axis=0, ddof=1), rtol=1e-5)
+WITH_CLONING = pytest.mark.parametrize("module", [pbrl, ds, oqs, naive])
 
 
-def test_clipped_noise():
-    torch.manual_seed(0)
-    noise = pbrl.clipped_noise(torch.zeros(5000, 2), 0.2, 0.3).numpy().ravel()
-    inside = noise[np.abs(noise) < 0.3]
-    assert inside.size / noise.size == pytest.approx(0.866, abs=0.02)  # 1.5 std
-    assert np.abs(noise).max() == pytest.approx(0.3)
-    unclipped = pbrl.clipped_noise(torch.zeros(5000, 2), 0.2, 10.0).numpy().ravel()
-    assert kstest(unclipped / 0.2, "norm").pvalue > 0.01
+@WITH_CLONING
+def test_cloning_weights_by_hand(module):
+    """Episodes of 2, 3, 1 and 1 transitions with returns 2, 6, 4 and 0; the last one is open."""
+    rewards = torch.tensor([0.5, 1.5, 0.5, 3.5, 2.0, 4.0, 0.0])
+    ends = torch.tensor([0, 1, 0, 0, 1, 1, 0]).bool()
+    e = [math.exp((value - 6) / (0.5 * 6)) for value in (2, 6, 4, 0)]
+    expected = np.array([e[0], e[0], e[1], e[1], e[1], e[2], e[3]])
+    weights = module.cloning_weights(rewards, ends, 0.5)
+    assert weights.dtype == torch.float32
+    np.testing.assert_allclose(weights, expected / expected.mean(), rtol=1e-6)
+    # the lower the temperature, the more goes to the best: all of it in the end
+    weights = module.cloning_weights(rewards, ends, 1e-4)
+    np.testing.assert_allclose(weights, np.array([0, 0, 1, 1, 1, 0, 0]) * 7 / 3, rtol=1e-6)
 
 
-def test_gaussian_policy_samples_its_distribution():
-    """The bounds of the log std are reached; samples have the mean and std that are stated."""
-    torch.manual_seed(0)
-    for low, high in ((-5.0, 0.0), (-1.0, 1.0)):
-        output = torch.tensor([[0.5, -0.5, -1.0, 1.0]])
-        mean, log_std = pbrl.gaussian(output, (low, high))
-        assert mean.tolist() == [[0.5, -0.5]] and log_std.tolist() == [[low, high]]
-    actor = pbrl.Actor(5, 4, 16)
-    obs = torch.randn(1, 5)
-    mean, log_std = pbrl.gaussian(actor(obs), (-5.0, 0.0))
-    samples = pbrl.act(actor, (-5.0, 0.0), obs.expand(20_000, -1)).detach().numpy()
-    assert np.abs(samples).max() <= 1
-    for j in range(2):
-        normal = torch.distributions.Normal(mean[0, j], log_std[0, j].exp())
-        inside = np.abs(samples[:, j]) < 1
-        values = torch.from_numpy(samples[inside, j])
-        low, high = normal.cdf(torch.tensor([-1.0, 1.0])).tolist()
-        uniform = (normal.cdf(values).detach().numpy() - low) / (high - low)
-        assert kstest(uniform, "uniform").pvalue > 0.01
-    assert torch.equal(pbrl.act(actor, None, obs), actor(obs))
-
-
-@pytest.mark.parametrize("actor, low", [("gaussian", -5.0), ("gaussian-tanh", -1.0)])
-def test_gaussian_teacher_runs_and_resumes(run_main, tmp_path, actor, low):
-    write_dataset(tmp_path / "data/walker-walk-medium.npz", "walker-walk", make_arrays())
-    sizes = ["--eval-every", 4, "--hidden", 8, "--batch-size", 8, "--eval-episodes", 1]
-    sizes += ["--final-eval-episodes", 1, "--actor", actor, "--overwrite"]
-    points = []
-    for folder, steps in (("whole", 6), ("part", 4)):
-        text = run_main(pbrl, *sizes, "--run-dir", folder, "--gradient-steps", steps)
-        assert f"checkpoints/walker-walk-medium-teacher-{actor}.pt" in text
-    run_main(pbrl, "--resume", "part", "--gradient-steps", 6)
-    for folder in ("whole", "part"):
-        points.append(torch.load(tmp_path / folder / "resume.pt", weights_only=True))
-    for name, value in points[0]["actor"].items():
-        assert torch.equal(points[1]["actor"][name], value)
-    path = tmp_path / f"checkpoints/walker-walk-medium-teacher-{actor}.pt"
-    checkpoint = torch.load(path, weights_only=True)
-    assert checkpoint["sizes"]["log_std"][0] == low and checkpoint["step"] == 6
-    assert checkpoint["actor"]["net.4.weight"].shape == (12, 8)
+@WITH_CLONING
+def test_cloning_weights_of_alike_episodes_are_one(module):
+    rewards = torch.tensor([1.0, 2.0, 3.0, 0.0, 0.0, 3.0])
+    ends = torch.tensor([0, 1, 1, 0, 0, 1]).bool()  # returns 3, 3, 3
+    assert module.cloning_weights(rewards, ends, 0.1).tolist() == [1.0] * 6
+    one_episode = torch.zeros(6, dtype=torch.bool)
+    assert module.cloning_weights(rewards, one_episode, 0.1).tolist() == [1.0] * 6
+    other_ends = torch.tensor([1, 1, 1, 1, 1, 1]).bool()
+    assert module.cloning_weights(rewards, other_ends, math.inf).tolist() == [1.0] * 6
