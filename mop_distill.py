@@ -30,6 +30,7 @@ import json
 import math
 import os
 import pickle
+import signal
 import sys
 import zipfile
 import zlib
@@ -566,6 +567,7 @@ def make_env(task: str):
     domain, _, name = task.partition("-")
     check((domain, name) in suite.ALL_TASKS, f"task {task}: not one of the dm_control suite")
     env = suite.load(domain, name, environment_kwargs={"flat_observation": True})
+    check(env._step_limit < math.inf, f"task {task}: its episodes have no end")
     bounds = env.action_spec()
     if np.any(bounds.minimum != -1) or np.any(bounds.maximum != 1):
         env = action_scale.Wrapper(env, minimum=-1, maximum=1)
@@ -597,8 +599,13 @@ def run_episodes(policy: nn.Module, task: str, seeds, workers: int, **options) -
 
 @cache
 def make_workers(workers: int) -> ProcessPoolExecutor:
-    """Processes of one thread, which stay for the whole run, since to start them takes seconds."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
+    """Processes that stay for the whole run, since to start them takes seconds."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker)
+
+
+def start_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
 
 
 @torch.no_grad()
@@ -657,7 +664,7 @@ def load_dataset(path, task: str, obs_dim: int, action_dim: int) -> dict:
         data[name] = np.ascontiguousarray(array, dtype)
         check(np.isfinite(data[name]).all(), f"{path}: {name}: found NaN or infinite values")
     check(np.abs(data["actions"]).max() <= 1, f"{path}: expected actions in [-1, 1]")
-    data["timeouts"][-1] = True  # where the last episode is cut short, too
+    data["timeouts"][-1] = not data["terminals"][-1]  # of an episode that is cut short, too
     return data | {"metadata": metadata}
 
 

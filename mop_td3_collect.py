@@ -26,6 +26,7 @@ import json
 import math
 import os
 import pickle
+import signal
 import sys
 import zipfile
 import zlib
@@ -249,7 +250,6 @@ def train(args, resume_point, device) -> None:
     """TD3 on one task, then checkpoints of the medium and the expert behaviour, and datasets."""
     obs_dim, action_dim = task_sizes([args.task])
     env = make_env(args.task)
-    check(env._step_limit < math.inf, f"--task {args.task}: its episodes have no end")
     length = int(env._step_limit)
     # evaluation may use the same environment, so it has to fall between two episodes
     fits = args.eval_every % length == 0 and args.total_timesteps % length == 0
@@ -581,6 +581,7 @@ def make_env(task: str):
     domain, _, name = task.partition("-")
     check((domain, name) in suite.ALL_TASKS, f"task {task}: not one of the dm_control suite")
     env = suite.load(domain, name, environment_kwargs={"flat_observation": True})
+    check(env._step_limit < math.inf, f"task {task}: its episodes have no end")
     bounds = env.action_spec()
     if np.any(bounds.minimum != -1) or np.any(bounds.maximum != 1):
         env = action_scale.Wrapper(env, minimum=-1, maximum=1)
@@ -612,8 +613,13 @@ def run_episodes(policy: nn.Module, task: str, seeds, workers: int, **options) -
 
 @cache
 def make_workers(workers: int) -> ProcessPoolExecutor:
-    """Processes of one thread, which stay for the whole run, since to start them takes seconds."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
+    """Processes that stay for the whole run, since to start them takes seconds."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker)
+
+
+def start_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
 
 
 @torch.no_grad()

@@ -105,12 +105,10 @@ def table_row(task: str, speed: float) -> str:
     env = mop_td3_collect.make_env(task)
     (obs_dim,) = env.observation_spec()["observations"].shape
     (action_dim,) = env.action_spec().shape
-    length = env._step_limit
-    runs = outcome(chain, task, int(min(length, 1000)))
+    length = int(env._step_limit)
+    runs = outcome(chain, task, length)
     rewards = outcome(recomputed_rewards, task, obs_dim, action_dim) if runs == "yes" else ""
-    return (
-        f"| {task} | {obs_dim} | {action_dim} | {length:.0f} | {speed:.0f} | {runs} | {rewards} |"
-    )
+    return f"| {task} | {obs_dim} | {action_dim} | {length} | {speed:.0f} | {runs} | {rewards} |"
 
 
 def main():
@@ -122,7 +120,7 @@ def main():
     for task in tasks:
         try:
             speeds[task] = steps_per_second(task)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             rows[task] = f"| {task} | | | | | {type(error).__name__}: {error} | |"
     print("steps per second are measured")
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):

@@ -1,5 +1,6 @@
 """Shared helpers: the scripts are imported from the folder above, and run in temporary folders."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -51,6 +52,29 @@ def run_main(monkeypatch, capsys, tmp_path):
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture
+def no_episodes(monkeypatch):
+    """Evaluation takes most of a tiny run's time, and changes no weight. Episode e returns e."""
+
+    def run_episodes(policy, task, seeds, workers, **options):
+        episodes = []
+        for e in range(len(seeds)):
+            observations = np.eye(1001, 24, dtype=np.float32)
+            episodes.append({"observations": observations, "rewards": np.full(1000, e / 1000)})
+        return episodes
+
+    for name in SCRIPTS:
+        monkeypatch.setattr(importlib.import_module(name), "run_episodes", run_episodes)
+
+
+def assert_stopped(outcome, message):
+    """The outcome of run_main is exit code 1 and one line with this message."""
+    code, text = outcome
+    assert code == 1
+    assert message in text
+    assert len(text.strip().splitlines()) == 1, text
 
 
 def script(name: str, *args, cwd, **kwargs) -> subprocess.CompletedProcess:

@@ -51,7 +51,7 @@ def test_operations_of_a_pbrl_update():
         )
         loss.backward()
     with FlopCounterMode(display=False) as actor_counter:
-        loss = pbrl.pbrl_actor_loss(actor, critics, obs, action, bc_coef=0.0)
+        loss = pbrl.pbrl_actor_loss(actor, critics, obs, action, torch.ones(batch_size), 0.0)
         loss.backward(inputs=list(actor.parameters()))
     expected = critic_counter.get_total_flops() + 0.5 * actor_counter.get_total_flops()
     assert speed.operations(speed.pbrl_products(batch_size, 32, 3)) == expected

@@ -76,9 +76,10 @@ def test_files(chain):
     assert sorted(found) == sorted(expected)
 
 
-@pytest.mark.parametrize(
-    "level, rows", [("medium", 2000), ("expert", 2000), ("medium-replay", 1000)]
-)
+ROWS = [("medium", 2000), ("expert", 2000), ("medium-replay", 1000)]
+
+
+@pytest.mark.parametrize(("level", "rows"), ROWS)
 def test_datasets(chain, level, rows):
     with np.load(chain / f"data/walker-stand-{level}.npz", allow_pickle=False) as file:
         data = dict(file)
@@ -87,7 +88,8 @@ def test_datasets(chain, level, rows):
     assert metadata["level"] == level
     sums = data["rewards"].reshape(-1, 1000).sum(axis=1)
     np.testing.assert_allclose(metadata["episode_returns"], sums, rtol=1e-4)
-    assert {name: (array.shape, str(array.dtype)) for name, array in data.items()} == {
+    kinds = {name: (array.shape, str(array.dtype)) for name, array in data.items()}
+    assert kinds == {
         "observations": ((rows, 24), "float32"),
         "actions": ((rows, 6), "float32"),
         "rewards": ((rows,), "float32"),
@@ -101,23 +103,24 @@ def test_datasets(chain, level, rows):
     same = (data["next_observations"][:-1] == data["observations"][1:]).all(axis=1)
     assert (same | data["timeouts"][:-1]).all()
     some = {name: array[::97] for name, array in data.items()}
-    np.testing.assert_allclose(
-        own_rewards(some, "walker-stand")["rewards"], some["rewards"], atol=1e-6
-    )
+    rewards = own_rewards(some, "walker-stand")["rewards"]
+    np.testing.assert_allclose(rewards, some["rewards"], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "kind, path, run, step",
-    [
-        ("behavior", "checkpoints/walker-stand-medium-behavior.pt", "td3", 1000),
-        ("teacher", "checkpoints/walker-stand-medium-teacher.pt", "pbrl", 20),
-        ("student", "runs/distill/student.pt", "distill", 20),
-    ],
-)
+CHECKPOINTS = [
+    ("behavior", "checkpoints/walker-stand-medium-behavior.pt", "td3", 1000),
+    ("teacher", "checkpoints/walker-stand-medium-teacher.pt", "pbrl", 20),
+    ("student", "runs/distill/student.pt", "distill", 20),
+]
+
+
+@pytest.mark.parametrize(("kind", "path", "run", "step"), CHECKPOINTS)
 def test_checkpoints_describe_themselves(chain, kind, path, run, step):
     checkpoint = load(chain / path)
-    assert (checkpoint["kind"], checkpoint["tasks"]) == (kind, ["walker-stand"])
-    assert (checkpoint["schema_version"], checkpoint["step"]) == (1, step)
+    assert checkpoint["kind"] == kind
+    assert checkpoint["tasks"] == ["walker-stand"]
+    assert checkpoint["schema_version"] == 1
+    assert checkpoint["step"] == step
     assert checkpoint["args"]["hidden"] == checkpoint["sizes"]["hidden"] == 16
     assert checkpoint["versions"]["torch"]
     returns = checkpoint["returns"]["walker-stand"]
@@ -130,7 +133,6 @@ def test_checkpoints_describe_themselves(chain, kind, path, run, step):
 
 def test_two_tasks_through_every_script(folder, run_main):
     """Also Gaussian teachers and naive multi-task PBRL."""
-
     short = [*STEPS, "--eval-every", 20, "--final-eval-episodes", 1]
 
     def run(name, *args):
@@ -146,20 +148,20 @@ def test_two_tasks_through_every_script(folder, run_main):
     run("mop_distill", *short, "--loss", "q", "--regularizer", "listwise")
     run("mop_distill", *short, "--loss", "kl", "--run-dir", "runs/kl")
     teachers = ["--teacher-steps", 10, "--teacher-hidden", 16, "--teacher-batch-size", 32]
-    run("mop_ds", *short, *teachers)
+    run("mop_ds", *short, *teachers, "--run-dir", "runs/ds")
     run("mop_oqs", *short, *teachers, "--run-dir", "runs/oqs")
-    shared = [f"checkpoints/{task}-medium-ds-teacher.pt" for task in TASKS]
+    shared = [f"runs/ds/{task}-medium-ds-teacher.pt" for task in TASKS]
     run("mop_distill", *short, "--teachers", *shared)
 
     measure = ["--episodes", 2, "--cross-episodes", 1, "--tau-states", 50, "--no-gif"]
     naive = "checkpoints/walker-stand+walker-walk-medium-naive.pt"
     for path in (naive, "runs/kl/student.pt"):
         run("mop_measure", *measure, "--student", path)
-    table = [*shared, "checkpoints/walker-walk-from-walker-stand-medium-teacher.pt"]
+    table = [*shared, "runs/oqs/walker-walk-from-walker-stand-medium-teacher.pt"]
     table += ["checkpoints/walker-walk-medium-behavior.pt"]
-    shift = ["data/walker-stand-medium.npz", "data/walker-walk-medium.npz"]
-    options = ["--student", "runs/oqs/student.pt", "--teachers", *table, "--shift", *shift]
-    run("mop_measure", *measure, *options, "--run-dir", "runs/measure")
+    measure += ["--student", "runs/oqs/student.pt", "--teachers", *table]
+    measure += ["--shift", "data/walker-stand-medium.npz", "data/walker-walk-medium.npz"]
+    run("mop_measure", *measure, "--run-dir", "runs/measure")
     report = json.loads((folder / "runs/measure/measure.json").read_text())
     assert list(report["returns"]) == TASKS
     assert len(report["cross_task"]) == 4
@@ -168,20 +170,19 @@ def test_two_tasks_through_every_script(folder, run_main):
 def test_another_seed_gives_other_weights(folder, chain):
     options = ["--task", "walker-stand", "--seed", 2, "--output", "other.pt"]
     run_as_user(folder, "mop_pbrl_teacher", *STEPS, *options)
+    first = load(chain / "checkpoints/walker-stand-medium-teacher.pt")["actor"]
     other = load(folder / "other.pt")["actor"]
-    for name, weights in load(chain / "checkpoints/walker-stand-medium-teacher.pt")[
-        "actor"
-    ].items():
+    for name, weights in first.items():
         assert not torch.equal(weights, other[name])
 
 
-@pytest.mark.parametrize(
-    "kind, mix, name, ends",
-    [
-        ("behavior", "noise", "walker-stand-medium-noise", range(999, 10_000, 1000)),
-        ("teacher", "online", "walker-stand-medium-teacher-online", [999, 1499]),  # one cut short
-    ],
-)
+COLLECTED = [
+    ("behavior", "noise", "walker-stand-medium-noise", range(999, 10_000, 1000)),
+    ("teacher", "online", "walker-stand-medium-teacher-online", [999, 1499]),  # one is cut short
+]
+
+
+@pytest.mark.parametrize(("kind", "mix", "name", "ends"), COLLECTED)
 def test_collecting_with_a_policy(folder, run_main, kind, mix, name, ends):
     td3 = importlib.import_module("mop_td3_collect")
     policy = f"checkpoints/walker-stand-medium-{kind}.pt"

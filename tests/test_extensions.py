@@ -1,7 +1,11 @@
-"""Data sharing and the Q-switch: relabelled rewards, worlds where the answer is known, resuming."""
+"""Data sharing and the Q-switch: relabelled rewards, a world where the answer is known, resuming.
 
-import functools
+tests/test_loops.py compares the loops of both scripts with plain ones.
+"""
+
 import os
+from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +14,14 @@ from dm_control import suite
 
 import mop_ds as ds
 import mop_oqs as oqs
-import mop_pbrl_teacher as pbrl
-from conftest import ROOT, make_arrays, own_rewards, write_dataset, write_teacher
+from conftest import (
+    ROOT,
+    assert_stopped,
+    make_arrays,
+    own_rewards,
+    write_dataset,
+    write_teacher,
+)
 from test_loops import World
 
 TASKS = ["walker-stand", "walker-walk"]
@@ -47,24 +57,33 @@ def test_relabelled_rewards_are_those_of_dm_control(task, path):
     assert found.std() > 0.01
 
 
-@pytest.mark.parametrize("domain, name", [("cheetah", "run"), ("cartpole", "balance")])
-def test_relabelled_rewards_are_those_of_an_episode(domain, name):
+@pytest.mark.parametrize("task", ["cheetah-run", "cartpole-balance", "quadruped-run"])
+def test_relabelled_rewards_are_those_of_an_episode(task):
     """Of other domains, too; cartpole-balance rewards small actions, so R(s, a, s') reads a."""
+    domain, name = task.split("-")
     env = suite.load(domain, name, task_kwargs={"random": 1})
     env.reset()
     low = env.action_spec().minimum
-    actions = np.random.default_rng(0).uniform(low, -low, (60, len(low)))
+    high = env.action_spec().maximum
+    actions = np.random.default_rng(0).uniform(-1, 1, (60, len(low)))
     rewards = []
     states = []
     for action in actions:
-        rewards.append(env.step(action).reward)
+        rewards.append(env.step(low + (high - low) * (action + 1) / 2).reward)
         states.append(env.physics.get_state())
-    found = ds.compute_rewards(f"{domain}-{name}", np.array(states), actions)
+    found = ds.compute_rewards(task, np.array(states), actions)
     np.testing.assert_allclose(found, rewards, atol=1e-6)
     assert found.std() > 1e-3
-    without_actions = ds.compute_rewards(f"{domain}-{name}", np.array(states), 0 * actions)
+    without_actions = ds.compute_rewards(task, np.array(states), 0 * actions)
     depends_on_action = np.abs(without_actions - rewards).max() > 1e-3
-    assert depends_on_action == (domain == "cartpole")
+    assert depends_on_action == (task == "cartpole-balance")
+
+
+def test_tasks_with_a_goal_of_each_episode_are_refused():
+    """The target of reacher-easy is no part of the physics state: a reset draws it."""
+    states = np.random.default_rng(0).uniform(-1, 1, (300, 4))
+    with pytest.raises(SystemExit, match=r"task reacher-easy: .* on what a reset draws"):
+        ds.compute_rewards("reacher-easy", states, np.zeros((300, 2)))
 
 
 @pytest.fixture
@@ -97,21 +116,18 @@ def test_relabelling_happens_once_per_content(tmp_path, relabelled_tasks):
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_damaged_files_of_relabelled_rewards_are_made_anew(tmp_path, relabelled_tasks):
-    path = tmp_path / "d.npz"
+@pytest.mark.parametrize("damage", ["not finite", "a row less"])
+def test_damaged_files_of_relabelled_rewards_are_refused(tmp_path, damage):
     arrays = make_arrays(50)
-    first = ds.relabel(path, arrays, "walker-walk")
-    (cache,) = tmp_path.iterdir()
-    whole = cache.read_bytes()
-    not_a_number = np.where(np.arange(50) == 7, np.nan, first).astype(np.float32)
-    for damaged in (not_a_number, first[:-1], first.astype(np.float64)):
-        np.save(cache, damaged)
-        np.testing.assert_array_equal(first, ds.relabel(path, arrays, "walker-walk"))
-    for damaged in (b"", whole[:-9], b"text"):
-        cache.write_bytes(damaged)
-        np.testing.assert_array_equal(first, ds.relabel(path, arrays, "walker-walk"))
-    assert len(relabelled_tasks) == 7
-    assert cache.read_bytes() == whole
+    rewards = ds.relabel(tmp_path / "d.npz", arrays, "walker-walk")
+    (cache_path,) = tmp_path.iterdir()
+    if damage == "not finite":
+        rewards[7] = np.nan
+    else:
+        rewards = rewards[:-1]
+    np.save(cache_path, rewards)
+    with pytest.raises(SystemExit, match=f"{cache_path}: damaged; delete it"):
+        ds.relabel(tmp_path / "d.npz", arrays, "walker-walk")
 
 
 def test_relabelled_rewards_without_room_for_their_file(tmp_path, monkeypatch):
@@ -133,10 +149,6 @@ def test_relabelled_rewards_without_room_for_their_file(tmp_path, monkeypatch):
 class LineWorld(World):
     """s' = s + 0.25 a on [-1, 1], 20 steps from near 0; the reward grows towards one end."""
 
-    def __init__(self, name):
-        super().__init__(name)
-        self.state = np.zeros(1)
-
     def reset(self):
         self.state = self.random.uniform(-0.1, 0.1, 1)
         self.time = 0
@@ -150,15 +162,14 @@ class LineWorld(World):
     def get_reward(self, physics):
         return line_reward(self.name, physics.state)[0]
 
+    def get_state(self):
+        return self.state[:1].copy()
+
     def observation_spec(self):
-        spec = super().observation_spec()["observations"]
-        spec.shape = (1,)
-        return {"observations": spec}
+        return {"observations": SimpleNamespace(shape=(1,))}
 
     def action_spec(self):
-        spec = super().action_spec()
-        spec.shape = (1,)
-        return spec
+        return SimpleNamespace(shape=(1,))
 
 
 def line_reward(task, s):
@@ -181,7 +192,7 @@ def line(tmp_path, monkeypatch, run_main):
     """run_main where each task's own data goes the wrong way only, the other's the right one."""
     rng = np.random.default_rng(0)
     for module in (ds, oqs):
-        monkeypatch.setattr(module, "make_env", functools.cache(LineWorld))
+        monkeypatch.setattr(module, "make_env", cache(LineWorld))
     for task, sign in (("line-right", -1), ("line-left", 1)):
         arrays = make_arrays(2000, 1, 1, 1)
         s = rng.uniform(-1, 1, (2000, 1))
@@ -200,40 +211,37 @@ def test_data_sharing_finds_what_the_own_data_lacks(line, tmp_path):
     finish(line, ds, *LINE, "--run-dir", "run")
     student = load(tmp_path / "run/student.pt")
     teacher_paths = []
-    for i, task in enumerate(OTHER):
-        teacher_paths.append(tmp_path / f"checkpoints/{task}-medium-ds-teacher.pt")
-        teacher = load(teacher_paths[i])
-        assert teacher["kind"] == "teacher" and teacher["level"] == "medium"
+    for task in OTHER:
+        path = tmp_path / f"run/{task}-medium-ds-teacher.pt"
+        teacher = load(path)
         assert teacher["data_tasks"] == ["line-right", "line-left"]
-        assert len(teacher["returns"][task]) == 4
         assert np.mean(teacher["returns"][task]) > 0.9 * BEST
         assert np.mean(student["returns"][task]) > 0.9 * BEST
+        teacher_paths.append(path)
     # the student again, from these teachers
     finish(line, ds, *LINE, "--teachers", *teacher_paths, "--run-dir", "again")
     again = load(tmp_path / "again/student.pt")
     assert_same_weights(again["actor"], student["actor"])
     assert again["returns"] == student["returns"]
+    assert not list(tmp_path.glob("again/*-teacher.pt"))
 
 
 def test_q_switch_prefers_the_teacher_from_the_other_tasks_data(line, tmp_path):
-    """Teachers of one seed: with their own some values are off, and a wrong one wins at an end."""
-    train = ["--teachers", "train", "train", "--bc-coef", 1, "--common-seed"]
-    printed = finish(line, oqs, *LINE, *train, "--run-dir", "run")
+    own_paths = []
+    for i, task in enumerate(OTHER):  # untrained, they value everything near 0
+        own_paths.append(write_teacher(tmp_path / f"{i}.pt", task, obs_dim=1, action_dim=1))
+    printed = finish(line, oqs, *LINE, "--teachers", *own_paths, "--run-dir", "run")
     student = load(tmp_path / "run/student.pt")
-    returns = {}
-    for task in OTHER:
-        for source in OTHER:
-            path = tmp_path / f"checkpoints/{task}-from-{source}-medium-teacher.pt"
-            assert f"wrote {path}" in printed
-            teacher = load(path)
-            assert teacher["data_tasks"] == [source]
-            returns[task, source] = np.mean(teacher["returns"][task])
-        assert returns[task, task] < 0.6 * BEST  # MOP's teacher: its data only goes the wrong way
-        assert returns[task, OTHER[task]] > 0.9 * BEST
+    for task, source in OTHER.items():
+        path = tmp_path / f"run/{task}-from-{source}-medium-teacher.pt"
+        teacher = load(path)
+        assert teacher["data_tasks"] == [source]
+        assert np.mean(teacher["returns"][task]) > 0.9 * BEST
         assert np.mean(student["returns"][task]) > 0.9 * BEST
-        for source in OTHER:
-            shares = student["switch"][task][source]
-            assert shares[f"from {OTHER[task]}"] > 0.9
+        assert f"{task} from {source}: {path.relative_to(tmp_path)}, return" in printed
+        for states in OTHER:
+            shares = student["switch"][task][states]
+            assert shares[f"from {source}"] > 0.9
             assert sum(shares.values()) == pytest.approx(1)
     rows = (tmp_path / "run/returns.csv").read_text()
     assert "\n200,line-right from line-left,1," in rows
@@ -260,145 +268,32 @@ def test_q_switch_equals_a_plain_loop():
     assert len(winners.unique()) > 1
 
 
-# --------------------------------------------------- the grid of the thesis (Figs. 6.1 and 6.6)
-MOVES = {"R": (0, 1), "D": (1, 0), "L": (0, -1), "U": (-1, 0)}  # (row, column)
-TO_T0 = "RRDR"  # from (0, 0) to T0 = (1, 3); the others lead to T1 = (2, 2)
-ALIGNED = "RRDD"
-NO_EXPERT = "RRRDDL"
-UNALIGNED = "DDRR"
-UNALIGNED_LONGER = "DDDRRU"
-
-
-def cells(path: str) -> dict:
-    """The states of a path, each with its action: {(row, column): (down, right)}."""
-    row, column = 0, 0
-    table = {}
-    for move in path:
-        down, right = MOVES[move]
-        table[row, column] = (down, right)
-        row += down
-        column += right
-    return table
-
-
-class TableStudent(torch.nn.Module):
-    """A free action per cell and task id: no lack of capacity, so only the teachers decide."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = torch.nn.Parameter(0.1 * torch.randn(2, 4, 4, 2))
-
-    def forward(self, x):
-        row, column, task = x.long().T
-        return self.table[task, row, column]
-
-
-def distilled(teachers: list) -> list:
-    """Distil a table {state: action} per task with the scripts' loss -> the student's tables."""
-    torch.manual_seed(0)
-    student = TableStudent()
-    optimizer = torch.optim.SGD(student.parameters(), lr=2.0)
-    inputs = []
-    actions = []
-    for i, table in enumerate(teachers):
-        states = torch.tensor(list(table), dtype=torch.float32)
-        inputs.append(ds.add_code(states, torch.tensor([float(i)])))
-        actions.append(torch.tensor(list(table.values()), dtype=torch.float32))
-    for _ in range(200):
-        optimizer.zero_grad()
-        ds.mse_loss(student(torch.cat(inputs)), torch.cat(actions)).mean().backward()
-        optimizer.step()
-    tables = []
-    for table, x in zip(teachers, inputs, strict=True):
-        tables.append(dict(zip(table, student(x).tolist(), strict=True)))
-    return tables
-
-
-def shared(tables: list) -> set:
-    """States that both tasks visit and where they act the same."""
-    states = set()
-    for state in tables[0].keys() & tables[1].keys():
-        if np.allclose(tables[0][state], tables[1][state], atol=1e-3):
-            states.add(state)
-    return states
-
-
-@pytest.mark.parametrize("path, pairs", [(ALIGNED, 3), (NO_EXPERT, 2), (UNALIGNED, 0)])
-def test_hypothesis_2_on_the_grid(path, pairs):
-    """Distillation shares what the teachers agree in, and no more (Fig. 6.6: 3, 2, 0)."""
-    teachers = [cells(TO_T0), cells(path)]
-    assert len(shared(teachers)) == pairs
-    assert shared(distilled(teachers)) == shared(teachers)
-
-
-def grid_teacher(path: str):
-    """An actor and two equal critics of value 0.9^(steps left), next to 0 beside the path."""
-    table = cells(path)
-    values = {}
-    for k, state in enumerate(table):
-        values[state] = 0.9 ** (len(table) - k)
-
-    def actor(obs):
-        return torch.tensor([table.get(tuple(s), (0, 0)) for s in obs.long().tolist()]).float()
-
-    def critics(obs, action):
-        return torch.tensor([values.get(tuple(s), 1e-6) for s in obs.long().tolist()]).repeat(2, 1)
-
-    return actor, critics
-
-
-@pytest.mark.parametrize("own_path", [NO_EXPERT, UNALIGNED_LONGER])
-def test_the_q_switch_can_align_teachers_on_the_grid(own_path):
-    """Task 1 has a second teacher, from task 0's data, that goes task 0's way, and less far."""
-    visited = list(cells(TO_T0) | cells(own_path) | cells(ALIGNED))
-    obs = torch.tensor(visited, dtype=torch.float32)
-    actions, winners = oqs.q_switch([grid_teacher(ALIGNED), grid_teacher(own_path)], obs)
-    switched = {}
-    for state, action in zip(visited, actions.tolist(), strict=True):
-        if any(action):
-            switched[state] = tuple(action)
-    common = set(cells("RRD"))
-    for state in common:
-        assert winners[visited.index(state)] == 0
-    assert len(shared(distilled([cells(TO_T0), cells(own_path)]))) < 3
-    assert shared(distilled([cells(TO_T0), switched])) == common
-
-
 # -------------------------------------------------------------------------- runs on the walker
 SIZES = ["--hidden", 16, "--batch-size", 32, "--gradient-steps", 40, "--eval-every", 20]
 SIZES += ["--eval-episodes", 1, "--final-eval-episodes", 2, "--device", "cpu"]
-TEACHERS = ["--teacher-steps", 40, "--teacher-hidden", 16, "--teacher-batch-size", 32]
-TRAIN = {ds: [], oqs: ["--teachers", "train", "train"]}
+SIZES += ["--teacher-steps", 40, "--teacher-hidden", 16, "--teacher-batch-size", 32]
 
 
 def write_data(folder):
+    """Data and MOP's teacher of every task, where the scripts look for them."""
     for i, task in enumerate(TASKS):
         arrays = own_rewards(make_arrays(seed=i), task)
         write_dataset(folder / f"data/{task}-medium.npz", task, arrays)
-
-
-@pytest.fixture
-def no_episodes(monkeypatch):
-    """Evaluation takes most of a tiny run's time, and changes no weight."""
-
-    def run_episodes(policy, task, seeds, workers, **options):
-        return [{"rewards": np.full(10, 0.1 * seed)} for seed in range(len(seeds))]
-
-    for module in (ds, oqs, pbrl):
-        monkeypatch.setattr(module, "run_episodes", run_episodes)
+        write_teacher(folder / f"checkpoints/{task}-medium-teacher.pt", task, seed=i)
 
 
 class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("module, points", [(ds, 6), (oqs, 10)])
+@pytest.mark.parametrize("module", [ds, oqs])
 def test_killed_and_resumed_ends_with_the_same_files(
-    run_main, no_episodes, tmp_path, monkeypatch, module, points
+    run_main, no_episodes, tmp_path, monkeypatch, module
 ):
-    """Killed after every single resume point, of teachers and student, and resumed elsewhere."""
+    """Killed after every one of six resume points, of two teachers and the student, and resumed
+    from another folder."""
     write_data(tmp_path)
-    finish(run_main, module, *SIZES, *TEACHERS, *TRAIN[module], "--run-dir", "run")
+    finish(run_main, module, *SIZES, "--run-dir", "run")
     folder = tmp_path / "killed"
     write_data(folder)
     (tmp_path / "elsewhere").mkdir()
@@ -411,20 +306,20 @@ def test_killed_and_resumed_ends_with_the_same_files(
     monkeypatch.setattr(module, "save_resume_point", save_and_die)
     monkeypatch.chdir(folder)
     with pytest.raises(Killed):
-        finish(run_main, module, *SIZES, *TEACHERS, *TRAIN[module], "--run-dir", "run")
+        run_main(module, *SIZES, "--run-dir", "run")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    for _ in range(points - 1):
+    for _ in range(5):
         torch.manual_seed(0)  # the random numbers come from the resume point
         with pytest.raises(Killed):
             run_main(module, "--resume", folder / "run")
     monkeypatch.setattr(module, "save_resume_point", save_resume_point)
     finish(run_main, module, "--resume", folder / "run")
     assert not list((tmp_path / "elsewhere").iterdir())
-    paths = [path.relative_to(tmp_path) for path in tmp_path.glob("checkpoints/*.pt")]
-    assert len(paths) == points // 2 - 1
-    for path in ["run/student.pt", *paths]:
-        whole = load(tmp_path / path)
-        resumed = load(folder / path)
+    names = [path.name for path in tmp_path.glob("run/*-teacher.pt")]
+    assert len(names) == 2
+    for name in ["student.pt", *names]:
+        whole = load(tmp_path / "run" / name)
+        resumed = load(folder / "run" / name)
         assert whole["returns"] == resumed["returns"]
         assert_same_weights(whole["actor"], resumed["actor"])
         assert_same_weights(whole.get("critics", {}), resumed.get("critics", {}))
@@ -432,82 +327,51 @@ def test_killed_and_resumed_ends_with_the_same_files(
         assert (folder / "run" / name).read_text() == (tmp_path / "run" / name).read_text()
 
 
-@pytest.mark.parametrize("common_seed", [[], ["--common-seed"]])
-def test_an_own_teacher_of_the_q_switch_is_that_of_mop(
-    run_main, no_episodes, tmp_path, common_seed
-):
-    """The same bits as from mop_pbrl_teacher.py with the same settings."""
-    write_data(tmp_path)
-    settings = [*SIZES, *common_seed]
-    finish(run_main, oqs, *settings, *TEACHERS, *TRAIN[oqs], "--run-dir", "run")
-    critics = []
-    for task in TASKS:
-        finish(run_main, pbrl, "--task", task, *settings, "--run-dir", f"run-{task}")
-        mop = load(tmp_path / f"checkpoints/{task}-medium-teacher.pt")
-        own = load(tmp_path / f"checkpoints/{task}-from-{task}-medium-teacher.pt")
-        assert_same_weights(own["actor"], mop["actor"])
-        assert_same_weights(own["critics"], mop["critics"])
-        critics.append(own["critics"])
-    assert not torch.equal(critics[0]["w1"], critics[1]["w1"])
-
-
 def test_teachers_of_mop_are_found_and_kept(run_main, no_episodes, tmp_path):
-    """By default the ii teachers are MOP's: read, not written. What exists is not replaced."""
+    """The Q-switch's own teachers are MOP's, read and not written."""
     write_data(tmp_path)
-    for i, task in enumerate(TASKS):
-        write_teacher(tmp_path / f"checkpoints/{task}-medium-teacher.pt", task, seed=i)
     before = (tmp_path / "checkpoints/walker-walk-medium-teacher.pt").read_bytes()
-    printed = finish(run_main, oqs, *SIZES, *TEACHERS, "--run-dir", "run")
+    printed = finish(run_main, oqs, *SIZES, "--run-dir", "run")
     assert "walker-walk 0.5 +- 0.5 (from walker-stand 0.5, from walker-walk 100.0)" in printed
     assert (tmp_path / "checkpoints/walker-walk-medium-teacher.pt").read_bytes() == before
-    trained = {path.name for path in tmp_path.glob("checkpoints/*-from-*")}
-    assert trained == {
+    assert len(list(tmp_path.glob("checkpoints/*"))) == 2
+    assert {path.name for path in tmp_path.glob("run/*-teacher.pt")} == {
         "walker-stand-from-walker-walk-medium-teacher.pt",
         "walker-walk-from-walker-stand-medium-teacher.pt",
     }
-    code, text = run_main(oqs, *SIZES, *TEACHERS, "--run-dir", "other")
-    assert code == 1
-    assert "walker-stand-from-walker-walk-medium-teacher.pt: exists; pass --overwrite" in text
-    assert not (tmp_path / "other").exists()
+
+
+FLAGS = [
+    (["--tasks"], "--tasks: expected two or more"),
+    (["--tasks", "walker-walk"], "--tasks: expected two or more"),
+    (["--tasks", "walker-walk", "walker-walk"], "--tasks: expected two or more"),
+    (["--tasks", "walker-walk", "cheetah-run"], "--tasks: expected one domain"),
+    (["--level", "medium", "expert", "expert"], "--level: expected one"),
+    (["--data", "a.npz"], "--data: expected one file per task"),
+    (["--num-critics", 1], "--num-critics: expected 2 or more"),
+    (["--teachers", "a.pt"], "--teachers: expected"),
+    (["--teachers", "a.pt", "b.pt", "c.pt"], "--teachers: expected"),
+    (["--teachers", "a.pt", "b.pt"], "a.pt: expected a teacher"),
+]
 
 
 @pytest.mark.parametrize("module", [ds, oqs])
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (["--tasks"], "--tasks: expected two or more"),
-        (["--tasks", "walker-walk"], "--tasks: expected two or more"),
-        (["--tasks", "walker-walk", "walker-walk"], "--tasks: expected two or more"),
-        (["--tasks", "walker-walk", "cheetah-run"], "--tasks: expected one domain"),
-        (["--level", "medium", "expert", "expert"], "--level: expected one"),
-        (["--data", "a.npz"], "--data: expected one file per task"),
-        (["--num-critics", 1], "--num-critics: expected 2 or more"),
-        (["--teachers", "a.pt"], "--teachers: expected"),
-        (["--teachers", "a.pt", "train"], "a.pt: expected a teacher"),
-        (["--teachers", "gaussian.pt", "train"], "gaussian.pt: expected a deterministic teacher"),
-        (["--teachers", "train", "gaussian.pt"], "gaussian.pt: expected (task, obs, actions)"),
-    ],
-)
-def test_bad_input(run_main, tmp_path, module, options, words):
-    write_teacher(tmp_path / "gaussian.pt", "walker-stand", log_std=(-5.0, 0.0))
-    code, text = run_main(module, *options)
-    assert code == 1
-    assert words in text
-    assert [path.name for path in tmp_path.iterdir()] == ["gaussian.pt"]
+@pytest.mark.parametrize(("options", "message"), FLAGS)
+def test_flags(run_main, tmp_path, module, options, message):
+    assert_stopped(run_main(module, *options), message)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("module", [ds, oqs])
-def test_physics_states_that_do_not_give_the_rewards(run_main, no_episodes, tmp_path, module):
-    """Of the states before the actions, say, or of another model: new rewards would be wrong."""
-    arrays = own_rewards(make_arrays(), "walker-stand")
+@pytest.mark.parametrize("states", ["before the actions", "of another model"])
+def test_physics_states_that_do_not_give_the_rewards(run_main, tmp_path, module, states):
+    """The rewards under another task would be wrong."""
     write_data(tmp_path)
-    before = np.roll(arrays["physics"], 1, axis=0)
-    other_model = arrays["physics"][:, :1]
-    for physics in (before, other_model):
-        write_dataset(
-            tmp_path / "data/walker-stand-medium.npz", arrays=arrays | {"physics": physics}
-        )
-        code, text = run_main(module, *SIZES, *TEACHERS, *TRAIN[module])
-        assert code == 1
-        assert "data/walker-stand-medium.npz: expected physics states" in text
-        assert not (tmp_path / "runs").exists()
+    arrays = own_rewards(make_arrays(), "walker-stand")
+    if states == "before the actions":
+        arrays["physics"] = np.roll(arrays["physics"], 1, axis=0)
+    else:
+        arrays["physics"] = arrays["physics"][:, :1]
+    write_dataset(tmp_path / "data/walker-stand-medium.npz", arrays=arrays)
+    outcome = run_main(module, *SIZES)
+    assert_stopped(outcome, "data/walker-stand-medium.npz: expected physics states")

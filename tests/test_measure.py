@@ -371,7 +371,7 @@ def test_cross_task_table_and_shift(run_main, tmp_path):
     ]
     arrays = [make_arrays(400), make_arrays(300, seed=1)]
     data = [write_dataset(tmp_path / f"{i}.npz", TASKS[i], arrays[i]) for i in range(2)]
-    options = ["--teachers", *teachers, "--cross-episodes", 1, "--shift", *data]
+    options = ["--teachers", *teachers, "--cross-episodes", 1, "--shift", *data, "--no-gif"]
     text = run_main(measure, *options, "--run-dir", "run", "--device", "cpu")
     report = report_of(tmp_path / "run")
     for row, path, task in zip(report["cross_task"], teachers, TASKS, strict=True):

@@ -23,75 +23,59 @@ record = importlib.import_module("record")
 naive = importlib.import_module("naive_multitask_pbrl")
 
 pytest.importorskip("snakemake")
-SNAKEMAKE = [
-    sys.executable,
-    "-m",
-    "snakemake",
-    "--snakefile",
-    str(ROOT / "reproduce" / "Snakefile"),
-    "--cores",
-    "2",
-]
+SNAKEFILE = ROOT / "reproduce/Snakefile"
+SNAKEMAKE = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE), "--cores", "2"]
 MSE = "student/mse-none-{hidden}-{states}-medium-medium/seed1"
 TINY = "docs/results/tiny"
 TASKS = ("walker-stand", "walker-walk")
-LAYERS = (
-    4 + 2
-) * 2  # seeds 2 and 3: widths of Fig. 6.4 but 512, ndcg, listwise; not at thesis scale
-PLAIN = (
-    2 * 3
-)  # without the cloning term, not at thesis scale: tasks x seeds; naive and frozen x seeds
+
+# rule -> its number of jobs
+STUDENTS = 3 * 4  # losses x seeds
+STUDENTS += 2 * 4  # of teachers with a bounded std, or of a common seed
+STUDENTS += 8 * 4  # the other eight pairs of levels
+STUDENTS += 4  # online states of medium-replay
+STUDENTS += 6 * 4 * 3  # widths x mixes x seeds
+STUDENTS += 5  # other widths on offline states, seed 1
+STUDENTS += 3  # regularisers, seed 1
+LAYERS = (4 + 2) * 2  # seeds 2 and 3, not at thesis scale: widths of Fig. 6.4, ndcg, listwise
+PLAIN = 2 * 3  # without the cloning term, not at thesis scale: tasks x seeds; naive, frozen x seeds
+TEACHERS = 2 * 3 * 3  # tasks x levels x seeds
+TEACHERS += 2 * 3  # Gaussian ones of medium
+TEACHERS += 2 * 2  # with a bounded std, or a common seed
 GRID = {
     "td3": 2,  # a task each
     "behavior": 4,  # medium, expert; that of medium-replay comes from td3
     "data": 4,
-    "composed": 2 * 4
-    + 2
-    + 2,  # four mixes by the medium teachers, online by those of expert and medium-replay
-    "teacher": 2 * 3 * 3
-    + 2 * 3
-    + 2 * 2
-    + PLAIN,  # tasks x levels x seeds; Gaussian of medium; tanh, common seed
+    "composed": 2 * 4 + 2 + 2,  # mixes by medium teachers; online by expert and medium-replay ones
+    "teacher": TEACHERS + PLAIN,
     "multitask": 3 * 3 + 3 + PLAIN,  # naive: levels x seeds; frozen: of medium
-    "student": 3 * 4  # losses x seeds
-    + 2 * 4  # of teachers with a bounded std, or of a common seed
-    + 8 * 4  # the other eight pairs
-    + 4  # online states of medium-replay
-    + 6 * 4 * 3  # widths x mixes x seeds
-    + 5  # other widths on offline states, seed 1
-    + 3  # regularisers, seed 1
-    + LAYERS,
+    "student": STUDENTS + LAYERS,
     "ds": 2 * 4 + 1,  # and of a common seed
     "oqs": 2 * 4,
-    "measure": 3 * 4
-    + 2 * 2 * 4
-    + 4
-    + 1,  # MOP's of three levels; those of DS and OQS; of a common seed
+    "measure": 3 * 4 + 2 * 2 * 4 + 4 + 1,  # MOP's of three levels; DS and OQS; of a common seed
     "activations": 3,
     "shift": 2 * (3 + 3) * 3,  # tasks x (levels, mixes) x seeds
     "all": 1,
 }
+FIGURES = ["fig51", "fig53", "fig54", "fig55", "fig57", "fig58", "fig63", "fig64", "fig65", "fig69"]
+TABLES = ["table61", "table62", "table63", "appendixC", "appendixD", "appendixE", "appendixF"]
 
 
 def snakemake(folder, *args, **config):
-    command = [
-        *SNAKEMAKE,
-        *args,
-        "--config",
-        f"folder={folder}",
-        *(f"{k}={v}" for k, v in config.items()),
-    ]
+    """What it prints that comes to its end."""
+    settings = [f"{name}={value}" for name, value in config.items()]
+    command = [*SNAKEMAKE, *args, "--config", f"folder={folder}", *settings]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
 
-def planned(folder, *targets, **config) -> Counter:
+def planned(folder, *targets, **config) -> dict:
     """Rule -> number of jobs of a dry run."""
     text = snakemake(folder, "--quiet", "rules", "--dry-run", *targets, **config)
-    return Counter(
-        {rule: int(n) for rule, n in re.findall(r"^(\w+) +(\d+)$", text, re.M) if rule != "total"}
-    )
+    jobs = {rule: int(number) for rule, number in re.findall(r"^(\w+) +(\d+)$", text, re.M)}
+    jobs.pop("total", None)
+    return jobs
 
 
 def rows(path) -> list[dict]:
@@ -104,43 +88,22 @@ def test_the_whole_grid(tmp_path):
 
 
 def test_every_figure_and_table_is_a_target(tmp_path):
-    parts = (ROOT / "reproduce" / "Snakefile").read_text()
-    parts = parts.partition("PARTS = ")[2].partition("\n}")[0]
+    parts = SNAKEFILE.read_text().partition("PARTS = ")[2].partition("\n}")[0]
     targets = re.findall(r'^    "(\w+)":', parts, re.M)
-    assert {
-        "fig51",
-        "fig53",
-        "fig54",
-        "fig55",
-        "fig57",
-        "fig58",
-        "fig63",
-        "fig64",
-        "fig65",
-        "fig69",
-    } < set(targets)
-    assert {
-        "table61",
-        "table62",
-        "table63",
-        "appendixC",
-        "appendixD",
-        "appendixE",
-        "appendixF",
-    } < set(targets)
-    wanted = GRID | {"cross": 3 * 3} | dict.fromkeys(targets, 1)
-    wanted |= {rule: GRID[rule] - PLAIN for rule in ("teacher", "multitask")} | {
-        "student": GRID["student"] - LAYERS
-    }
-    assert planned(tmp_path, *targets, scale="thesis") == {
-        rule: n for rule, n in wanted.items() if rule != "all"
-    }
+    assert {*FIGURES, *TABLES} < set(targets)
+    expected = GRID | dict.fromkeys(targets, 1)
+    del expected["all"]
+    expected["cross"] = 3 * 3
+    expected["teacher"] -= PLAIN
+    expected["multitask"] -= PLAIN
+    expected["student"] -= LAYERS
+    assert planned(tmp_path, *targets, scale="thesis") == expected
 
 
 def test_a_fresh_clone_runs_only_what_has_no_csv(tmp_path):
     """The CSVs of all but one student of Fig. 5.4: its data is made, and no other run again."""
     text = snakemake(tmp_path, "--dry-run", "fig54", scale="laptop")
-    wanted = {path for path in re.findall(r"docs/results/laptop/\S+\.csv", text)}
+    wanted = set(re.findall(r"docs/results/laptop/\S+\.csv", text))
     left = "docs/results/laptop/student/q-none-256-offline-medium-medium/seed4.csv"
     assert left in wanted
     for path in wanted - {left}:
@@ -179,9 +142,8 @@ def test_a_chain(chain):
     found = [(row["policy"], row["evaluation"], row["step"]) for row in behavior]
     # evaluated after training: the last step is one of training, too
     assert found == [("behavior", "training", "1000")] + 2 * [("behavior", "final", "1000")]
-    measures = {
-        (row["measure"], row["layer"]) for row in rows(chain / TINY / f"measure/{student}.csv")
-    }
+    measured = rows(chain / TINY / f"measure/{student}.csv")
+    measures = {(row["measure"], row["layer"]) for row in measured}
     names = ["cka", "per-state tau-a", "per-state tau-b", "average tau-a", "average tau-b"]
     assert measures == set(itertools.product(names, "12"))
     activations = rows(chain / TINY / f"measure/{student}-activations.csv")
@@ -191,7 +153,8 @@ def test_a_chain(chain):
 
 def test_done_stays_done_without_the_big_files(chain, tmp_path):
     targets = [str(path.relative_to(chain)) for path in (chain / TINY).rglob("*.csv")]
-    assert len(targets) == 8 and planned(chain, *targets, scale="tiny") == {}
+    assert len(targets) == 8
+    assert planned(chain, *targets, scale="tiny") == {}
     shutil.copytree(chain / "docs", tmp_path / "docs")
     activations = f"{TINY}/measure/{MSE.format(hidden=16, states='offline')}-activations.csv"
     assert planned(tmp_path, activations, scale="tiny") == {}
@@ -200,11 +163,12 @@ def test_done_stays_done_without_the_big_files(chain, tmp_path):
 def test_an_interrupted_run_goes_on(chain):
     """Stopped after the student's first resume point; the same command ends the run."""
     name = MSE.format(hidden=8, states="offline")
-    run, result = chain / "reproduce/work/tiny/runs" / name, chain / TINY / f"{name}.csv"
+    run = chain / "reproduce/work/tiny/runs" / name
+    result = chain / TINY / f"{name}.csv"
     run.mkdir(parents=True)
     (run / "returns.csv").touch()  # a folder without a resume point: of no use, replaced
     target = f"{TINY}/{name}.csv"
-    config = [f"folder={chain}", "scale=tiny", "extra=--gradient-steps 40"]
+    config = [f"folder={chain}", "scale=tiny", "extra=--gradient-steps 100"]
     command = [*SNAKEMAKE, target, "--config", *config]
     process = subprocess.Popen(command, start_new_session=True)
     end = time.time() + 300
@@ -214,9 +178,9 @@ def test_an_interrupted_run_goes_on(chain):
     assert process.wait(300) != 0
     assert (run / "resume.pt").exists()
     assert not result.exists()
-    snakemake(chain, target, scale="tiny", extra="--gradient-steps 40")
-    steps = [row["step"] for row in rows(result) if row["episode"] == "mean"]
-    assert steps == ["10", "10", "20", "20", "30", "30"]  # of two tasks
+    snakemake(chain, target, scale="tiny", extra="--gradient-steps 100")
+    steps = [int(row["step"]) for row in rows(result) if row["episode"] == "mean"]
+    assert steps == sorted([*range(10, 100, 10)] * 2)  # of two tasks
     assert len(list(run.glob("events*"))) == 2  # the first one's is there, too
 
 
