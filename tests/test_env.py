@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from dm_control import suite
+from dm_control.rl.control import PhysicsError
 from scipy.stats import kstest, truncnorm
 
 import mop_distill as distill
@@ -152,3 +153,22 @@ def test_tasks_of_other_sizes_are_refused():
     assert td3.task_sizes(["walker-stand", "walker-run"]) == (24, 6)
     with pytest.raises(SystemExit, match=r"--tasks: expected the same sizes .*cheetah-run"):
         td3.task_sizes(["walker-stand", "cheetah-run"])
+
+
+def test_an_unstable_state_ends_the_episode_as_it_stands(monkeypatch):
+    """The fifth of the steps ends in dm_control's PhysicsError; the four before it count."""
+    env = distill.make_env("cartpole-balance")
+    step = env.step
+    actions = []
+
+    def unstable_step(action):
+        actions.append(action)
+        if len(actions) == 5:
+            raise PhysicsError("Physics state is invalid.")
+        return step(action)
+
+    monkeypatch.setattr(env, "step", unstable_step)
+    policy = torch.nn.Linear(5, 1)
+    (episode,) = distill.run_episodes(policy, "cartpole-balance", [0], 1)
+    assert len(episode["rewards"]) == len(episode["actions"]) == 4
+    assert len(episode["observations"]) == len(episode["physics"]) == 5
