@@ -248,6 +248,7 @@ def compute_rewards(task: str, physics: np.ndarray, actions: np.ndarray) -> np.n
         env.physics.forward()
         return env.task.get_reward(env.physics)
 
+    # another reset must change neither rewards nor where the model has its bodies and targets
     sample = np.linspace(0, len(physics) - 1, 200).astype(int)
     resets = []
     model = env.physics.model
