@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 from dm_control import suite
-from dm_control.rl.control import PhysicsError
 from scipy.stats import kstest, truncnorm
 
 import mop_distill as distill
 import mop_td3_collect as td3
-from conftest import ROOT
+from conftest import ROOT, assert_stopped
 
 
 class Policy(torch.nn.Module):
@@ -155,20 +154,32 @@ def test_tasks_of_other_sizes_are_refused():
         td3.task_sizes(["walker-stand", "cheetah-run"])
 
 
-def test_an_unstable_state_ends_the_episode_as_it_stands(monkeypatch):
-    """The fifth of the steps ends in dm_control's PhysicsError; the four before it count."""
+@pytest.fixture
+def unstable_env(monkeypatch):
+    """cartpole-balance of this process: its fifth step begins with a velocity beyond all bounds."""
     env = distill.make_env("cartpole-balance")
-    step = env.step
-    actions = []
+    before_step = env.task.before_step
+    steps = []
 
-    def unstable_step(action):
-        actions.append(action)
-        if len(actions) == 5:
-            raise PhysicsError("Physics state is invalid.")
-        return step(action)
+    def unstable_before_step(action, physics):
+        before_step(action, physics)
+        steps.append(action)
+        if len(steps) == 5:
+            physics.data.qvel[:] = 1e12
 
-    monkeypatch.setattr(env, "step", unstable_step)
+    monkeypatch.setattr(env.task, "before_step", unstable_before_step)
+    monkeypatch.setattr(td3, "make_env", lambda task: env)
+
+
+def test_an_unstable_state_ends_the_episode_as_it_stands(unstable_env):
+    """The four steps before it count."""
     policy = torch.nn.Linear(5, 1)
     (episode,) = distill.run_episodes(policy, "cartpole-balance", [0], 1)
     assert len(episode["rewards"]) == len(episode["actions"]) == 4
     assert len(episode["observations"]) == len(episode["physics"]) == 5
+
+
+def test_an_unstable_state_stops_td3(unstable_env, run_main):
+    """There is no next state to learn from."""
+    outcome = run_main(td3, "--task", "cartpole-balance", "--scale", "laptop", "--hidden", 8)
+    assert_stopped(outcome, "error: step 5: cartpole-balance: Physics state is invalid.")
