@@ -346,7 +346,7 @@ def main():
     log_std_bounds = []
     teacher_returns = []
     for i, task in enumerate(args.tasks):
-        data = load_dataset(data_paths[i], task, obs_dim, action_dim)
+        data = load_dataset(data_paths[i], task, levels[i], obs_dim, action_dim)
         teacher = load_teacher(teacher_paths[i], task, obs_dim, action_dim)
         actor = load_actor(teacher).to(device)
         states.append(torch.from_numpy(data["observations"]).to(device))
@@ -371,8 +371,9 @@ def main():
     in_dim = obs_dim + codes.shape[1]
     out_dim = 2 * action_dim if args.loss == "kl" else action_dim
     student = Actor(in_dim, out_dim, args.hidden).to(device)
-    adam = partial(Adam, lr=args.learning_rate, fused=True, capturable=args.cuda_graph)
-    optimizer = adam(student.parameters())
+    optimizer = Adam(
+        student.parameters(), lr=args.learning_rate, fused=True, capturable=args.cuda_graph
+    )
 
     # run folder, resume
     run_dir = make_run_dir(args, f"{args.loss}-{args.regularizer}-{args.hidden}-{levels[0]}")
@@ -388,7 +389,7 @@ def main():
         rows = resume_point["rows"]
         student.load_state_dict(resume_point["student"])
         optimizer.load_state_dict(resume_point["optimizer"])
-        optimizer.param_groups[0]["lr"] = args.learning_rate
+        optimizer.param_groups[0].update(lr=args.learning_rate, capturable=args.cuda_graph)
         torch.set_rng_state(resume_point["random_states"][0])
         torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
 
@@ -457,11 +458,12 @@ def main():
                     if j == i:
                         continue
                     taus = layer_taus(student, obs, codes[i], codes[j])
+                    report += f", tau with {other_task}"
                     for layer, tau in enumerate(taus, start=1):
                         mean = tau.mean().item()
                         rows["tau"].append([step, task, other_task, layer, mean, tau.std().item()])
                         writer.add_scalar(f"tau/{task}/{other_task}/{layer}", mean, step)
-                        report += f", tau of layer {layer} {mean:.2f}"
+                        report += f" {mean:.2f}"
             progress.write(report)
             progress.set_postfix({task: f"{np.mean(returns[task]):.0f}" for task in args.tasks})
 
@@ -506,6 +508,7 @@ def main():
                 "random_states": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
             }
             save(run_dir / "resume.pt", resume_point)
+    writer.close()
     print(f"wrote student.pt, returns.csv, losses.csv and tau.csv in {run_dir}")
 
 
@@ -513,9 +516,9 @@ def main():
 def parse_args():
     """The command line -> (args, resume point or None, device).
 
-    --scale laptop or else --resume change the defaults; flags that are given win over both.
+    The defaults are those of the run to resume, else of --scale; flags that are given win.
     """
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=__doc__)  # a first time, for --scale and --resume alone
     default = Args()
     resume_point = None
     if args.scale == "laptop":
@@ -533,7 +536,7 @@ def parse_args():
         check(found == device, f"--resume: expected a run on {device}, found one on {found}")
     if args.threads > 0:
         torch.set_num_threads(args.threads)
-    args.threads = torch.get_num_threads()  # else torch's choice: the cores that it may use
+    args.threads = torch.get_num_threads()  # 0 has become as many cores as torch may use
     torch.set_float32_matmul_precision(args.matmul_precision)
     return args, resume_point, device
 
@@ -556,6 +559,8 @@ def make_run_dir(args, name: str) -> Path:
     run_dir.mkdir(parents=True, exist_ok=True)
     free = args.resume or args.overwrite or not any(run_dir.iterdir())
     check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
+    if not args.resume:
+        (run_dir / "resume.pt").unlink(missing_ok=True)  # of a run that is overwritten
     return run_dir
 
 
@@ -600,11 +605,14 @@ def run_episodes(policy: nn.Module, task: str, seeds, workers: int, **options) -
 @cache
 def make_workers(workers: int) -> ProcessPoolExecutor:
     """Processes that stay for the whole run, since to start them takes seconds."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker)
+    precision = torch.get_float32_matmul_precision()
+    context = get_context("spawn")
+    return ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(precision,))
 
 
-def start_worker() -> None:
+def start_worker(precision: str) -> None:
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision(precision)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
 
 
@@ -639,32 +647,37 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
     return {name: np.array(values) for name, values in episode.items()}
 
 
-def load_dataset(path, task: str, obs_dim: int, action_dim: int) -> dict:
+def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> dict:
     """The arrays of a dataset .npz and its metadata, as in docs/formats.md, all checked."""
     try:
         damaged = zipfile.ZipFile(path).testzip()  # np.load checks only what it reads
         with np.load(path, allow_pickle=False) as file:
             data = {name: file[name] for name in DATASET}
             metadata = json.loads(str(file["metadata"]))
-        found = (metadata["task"], metadata["schema_version"])
+        found = (metadata["task"], metadata.get("level", level), metadata["schema_version"])
         returns = metadata["episode_returns"]
     except Exception as error:
         check(False, f"{path}: expected a dataset as in docs/formats.md; found {error!r:.300}")
     check(damaged is None, f"{path}: damaged bytes in {damaged}")
-    expected = (task, SCHEMA_VERSION)
-    check(found == expected, f"{path}: expected (task, schema) {expected}, found {found}")
+    expected = (task, level, SCHEMA_VERSION)
+    check(found == expected, f"{path}: expected (task, level, schema) {expected}, found {found}")
     check(returns and np.isfinite(returns).all(), f"{path}: no finite episode_returns")
     num_rows = len(data["rewards"])
-    widths = {"observations": obs_dim, "actions": action_dim, "next_observations": obs_dim}
+    widths = {
+        "observations": (obs_dim,),
+        "actions": (action_dim,),
+        "next_observations": (obs_dim,),
+        "physics": data["physics"].shape[1:],
+    }
     for name, dtype in DATASET.items():
         array = data[name]
-        shape = (num_rows, widths[name]) if name in widths else (num_rows, *array.shape[1:])
+        shape = (num_rows, *widths.get(name, ()))
         fits = array.shape == shape and array.dtype.kind == np.dtype(dtype).kind
         check(fits, f"{path}: {name}: expected {dtype} {shape}, found {array.dtype} {array.shape}")
         data[name] = np.ascontiguousarray(array, dtype)
         check(np.isfinite(data[name]).all(), f"{path}: {name}: found NaN or infinite values")
     check(np.abs(data["actions"]).max() <= 1, f"{path}: expected actions in [-1, 1]")
-    data["timeouts"][-1] = not data["terminals"][-1]  # of an episode that is cut short, too
+    data["timeouts"][-1] = not data["terminals"][-1]  # though the recording is cut there
     return data | {"metadata": metadata}
 
 
@@ -776,7 +789,7 @@ def capture(function):
     def call(*arguments):
         nonlocal calls, inputs, outputs
         calls += 1
-        if calls <= 3:  # states that are made lazily come to be outside the graph
+        if calls <= 3:  # what Adam and cuBLAS make in their first calls is not to be recorded
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 result = function(*arguments)

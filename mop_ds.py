@@ -277,6 +277,8 @@ def uncertainty(q: torch.Tensor) -> torch.Tensor:
 def pbrl_critic_loss(critics, target_critics, policy, target_policy, batch, beta_ood, args):
     """PBRL's loss, summed over the K critics (arXiv 2202.11566, section 3; thesis 5.1.1).
 
+    mean (Q_k(s, a) - r - gamma (Q^-_k(s', a') - beta_in U^-(s', a')))^2 over the batch, plus
+    mean (Q_k(s, b) - max(Q_k(s, b) - beta_ood U(s, b), 0))^2 over OOD actions b in s and s'.
     batch: tensors with the names and shapes of a dataset, (B, ..); a timeout is not terminal.
     Returns the loss () and metrics, a dict of () tensors.
     """
@@ -321,13 +323,14 @@ def pbrl_critic_loss(critics, target_critics, policy, target_policy, batch, beta
 def cloning_weights(rewards: torch.Tensor, ends: torch.Tensor, temperature: float) -> torch.Tensor:
     """Weights of the transitions in behaviour cloning, by the return R of their episode. (N,).
 
-    w ~ exp((R - R_max) / (temperature (R_max - R_min))), of mean 1: so Hong et al. 2023 (arXiv
-    2306.13085) draw transitions from mixed data. ends: the last transitions of the episodes, (N,).
+    w ~ exp((R - R_max) / (temperature max |R|)), of mean 1; ends: the last transitions of the
+    episodes, (N,). After Hong et al. 2023 (arXiv 2306.13085), who draw transitions so and divide
+    by R_max - R_min, which on one policy's data leaves out the episodes with the hardest starts.
     """
     episode = ends.cumsum(dim=0) - ends.long()  # number of the episode of each transition
     returns = torch.bincount(episode, rewards.double())
-    spread = (returns.max() - returns.min()).clamp(min=1e-8)
-    weights = ((returns - returns.max()) / spread / temperature).exp()[episode]
+    scale = temperature * returns.abs().max().clamp(min=1e-8)
+    weights = ((returns - returns.max()) / scale).exp()[episode]
     return (weights / weights.mean()).float()
 
 
@@ -378,7 +381,7 @@ class Job:
     path: Path
     """its checkpoint"""
     given: bool
-    """by --teachers or an earlier stage, so that it is not trained here"""
+    """it exists already, so that it is read, not trained"""
 
 
 def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_point) -> None:
@@ -388,14 +391,12 @@ def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_
     """
     # the data that it learns from
     transitions = {}
-    for name in ["observations", "actions", "next_observations", "terminals", "timeouts"]:
-        parts = [datasets[source][name] for source in job.data_tasks]
-        transitions[name] = torch.cat(parts)
-    parts = [rewards[source][job.task] for source in job.data_tasks]
-    transitions["rewards"] = torch.cat(parts)
-    ends = transitions["terminals"] | transitions.pop("timeouts")
+    for key in ["observations", "actions", "next_observations", "terminals", "timeouts"]:
+        transitions[key] = torch.cat([datasets[source][key] for source in job.data_tasks])
+    transitions["rewards"] = torch.cat([rewards[source][job.task] for source in job.data_tasks])
+    timeouts = transitions.pop("timeouts")
     transitions["cloning_weights"] = cloning_weights(
-        transitions["rewards"], ends, args.bc_temperature
+        transitions["rewards"], transitions["terminals"] | timeouts, args.bc_temperature
     )
     obs_dim = transitions["observations"].shape[1]
     action_dim = transitions["actions"].shape[1]
@@ -403,16 +404,16 @@ def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_
     name = f"{job.task} {job.label}"
 
     # networks
-    stream = f" teacher {job.task} from {'+'.join(sorted(job.data_tasks))}"
-    stream = "" if args.common_seed else stream
-    torch.manual_seed(zlib.crc32(f"{args.seed}{stream}".encode()))
+    own_name = f" teacher {job.task} from {'+'.join(sorted(job.data_tasks))}"
+    if args.common_seed:
+        own_name = ""
+    torch.manual_seed(zlib.crc32(f"{args.seed}{own_name}".encode()))
     actor = Actor(obs_dim, action_dim, args.teacher_hidden).to(device)
     critics = Critics(args.num_critics, obs_dim, action_dim, args.teacher_hidden).to(device)
     target_actor = deepcopy(actor)
     target_critics = deepcopy(critics)
-    learning_rate = torch.tensor(
-        args.teacher_learning_rate, device=device
-    )  # a tensor, for CUDA graphs
+    # a tensor, since a CUDA graph reads tensors only
+    learning_rate = torch.tensor(args.teacher_learning_rate, device=device)
     adam = partial(Adam, lr=learning_rate, fused=True, capturable=args.cuda_graph)
     actor_optimizer = adam(actor.parameters())
     critic_optimizer = adam(critics.parameters())
@@ -429,22 +430,25 @@ def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_
     start = resume_point["step"]
     rows = resume_point["rows"]
     if start > 0:
+        check(start <= args.teacher_steps, f"--teacher-steps: {name} has made {start}")
         restore(resume_point, trained)
         for optimizer in (actor_optimizer, critic_optimizer):
-            optimizer.param_groups[0]["lr"] = learning_rate
+            optimizer.param_groups[0].update(lr=learning_rate, capturable=args.cuda_graph)
 
-    def update_critics(beta_ood):
-        index = torch.randint(num_transitions, (args.teacher_batch_size,), device=device)
-        batch = {name: values[index] for name, values in transitions.items()}
+    def update_critics(index, beta_ood):
+        batch = {key: values[index] for key, values in transitions.items()}
         loss, metrics = pbrl_critic_loss(
             critics, target_critics, actor, target_actor, batch, beta_ood, args
         )
         critic_optimizer.zero_grad()
         loss.backward()
         critic_optimizer.step()
-        return batch["observations"], batch["actions"], batch["cloning_weights"], metrics
+        return metrics
 
-    def update_actor(obs, action, weight):
+    def update_actor(index):
+        obs = transitions["observations"][index]
+        action = transitions["actions"][index]
+        weight = transitions["cloning_weights"][index]
         loss = pbrl_actor_loss(actor, critics, obs, action, weight, args.bc_coef)
         actor_optimizer.zero_grad()
         loss.backward(inputs=list(actor.parameters()))  # gradients for the actor only
@@ -465,9 +469,10 @@ def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_
             learning_rate.fill_(args.teacher_learning_rate * share_left / args.anneal)
         beta_ood = max(args.beta_ood * args.beta_ood_decay**step, args.beta_ood_min)
         beta_ood = torch.full((), beta_ood, device=device)  # a CUDA graph reads tensors only
-        obs, action, weight, metrics = update_critics(beta_ood)
+        index = torch.randint(num_transitions, (args.teacher_batch_size,), device=device)
+        metrics = update_critics(index, beta_ood)
         if step % args.policy_frequency == 0:
-            update_actor(obs, action, weight)
+            update_actor(index)
         update_targets()
         last = step == args.teacher_steps
         evaluate = last or step % args.eval_every == 0
@@ -530,7 +535,7 @@ def main():
             "kind": f"resume point of {Path(__file__).name}",
             "device": device,
             "finished_teachers": 0,  # of the jobs below; their checkpoints are written
-            "step": 0,  # of the teacher in training; of the student once all are finished
+            "step": 0,  # of the teacher in training or, once all are finished, of the student
             "rows": {  # of the CSV files
                 "returns": [["step", "task", "episode", "return"]],
                 "losses": [["step", "metric", "value"]],
@@ -555,7 +560,10 @@ def main():
             given=path is not None,
         )
         if job.given:  # a file that does not fit is found now, not after hours of training
-            load_teacher(job.path, job.task, obs_dim, action_dim)
+            teacher = load_teacher(job.path, job.task, obs_dim, action_dim)
+            found = teacher.get("data_tasks", job.data_tasks)
+            check(found == job.data_tasks, f"{job.path}: learned from the data of {found}")
+            check(not teacher["sizes"]["log_std"], f"{job.path}: found a Gaussian teacher")
         jobs.append(job)
     resume_point["args"] = vars(args) | {
         "data": tuple(map(os.path.abspath, data_paths)),
@@ -566,7 +574,7 @@ def main():
     datasets = {}  # task -> name -> tensor
     rewards = {}  # task j whose data it is -> task i -> r_{j->i}, (N,)
     for j, task in enumerate(args.tasks):
-        data = load_dataset(data_paths[j], task, obs_dim, action_dim)
+        data = load_dataset(data_paths[j], task, levels[j], obs_dim, action_dim)
         check_physics(data_paths[j], data, task)
         datasets[task] = {}
         for name in ["observations", "actions", "next_observations", "terminals", "timeouts"]:
@@ -612,8 +620,9 @@ def main():
         codes = torch.arange(num_tasks, device=device).float()[:, None]
     in_dim = obs_dim + codes.shape[1]
     student = Actor(in_dim, action_dim, args.hidden).to(device)
-    adam = partial(Adam, lr=args.learning_rate, fused=True, capturable=args.cuda_graph)
-    optimizer = adam(student.parameters())
+    optimizer = Adam(
+        student.parameters(), lr=args.learning_rate, fused=True, capturable=args.cuda_graph
+    )
 
     # resume
     trained = {"student": student, "optimizer": optimizer}
@@ -621,7 +630,7 @@ def main():
     rows = resume_point["rows"]
     if start > 0:
         restore(resume_point, trained)
-        optimizer.param_groups[0]["lr"] = args.learning_rate
+        optimizer.param_groups[0].update(lr=args.learning_rate, capturable=args.cuda_graph)
 
     def update() -> dict:
         """One gradient step on a batch of every task -> metrics."""
@@ -688,6 +697,7 @@ def main():
             save(run_dir / "student.pt", checkpoint)
         if evaluate:
             save_resume_point(run_dir, resume_point, step, trained)
+    writer.close()
     print(f"wrote student.pt, the teachers, returns.csv and losses.csv in {run_dir}")
 
 
@@ -695,9 +705,9 @@ def main():
 def parse_args():
     """The command line -> (args, resume point or None, device).
 
-    --scale laptop or else --resume change the defaults; flags that are given win over both.
+    The defaults are those of the run to resume, else of --scale; flags that are given win.
     """
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=__doc__)  # a first time, for --scale and --resume alone
     default = Args()
     resume_point = None
     if args.scale == "laptop":
@@ -715,7 +725,7 @@ def parse_args():
         check(found == device, f"--resume: expected a run on {device}, found one on {found}")
     if args.threads > 0:
         torch.set_num_threads(args.threads)
-    args.threads = torch.get_num_threads()  # else torch's choice: the cores that it may use
+    args.threads = torch.get_num_threads()  # 0 has become as many cores as torch may use
     torch.set_float32_matmul_precision(args.matmul_precision)
     return args, resume_point, device
 
@@ -738,6 +748,8 @@ def make_run_dir(args, name: str) -> Path:
     run_dir.mkdir(parents=True, exist_ok=True)
     free = args.resume or args.overwrite or not any(run_dir.iterdir())
     check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
+    if not args.resume:
+        (run_dir / "resume.pt").unlink(missing_ok=True)  # of a run that is overwritten
     return run_dir
 
 
@@ -782,11 +794,14 @@ def run_episodes(policy: nn.Module, task: str, seeds, workers: int, **options) -
 @cache
 def make_workers(workers: int) -> ProcessPoolExecutor:
     """Processes that stay for the whole run, since to start them takes seconds."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker)
+    precision = torch.get_float32_matmul_precision()
+    context = get_context("spawn")
+    return ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(precision,))
 
 
-def start_worker() -> None:
+def start_worker(precision: str) -> None:
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision(precision)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
 
 
@@ -821,32 +836,37 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
     return {name: np.array(values) for name, values in episode.items()}
 
 
-def load_dataset(path, task: str, obs_dim: int, action_dim: int) -> dict:
+def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> dict:
     """The arrays of a dataset .npz and its metadata, as in docs/formats.md, all checked."""
     try:
         damaged = zipfile.ZipFile(path).testzip()  # np.load checks only what it reads
         with np.load(path, allow_pickle=False) as file:
             data = {name: file[name] for name in DATASET}
             metadata = json.loads(str(file["metadata"]))
-        found = (metadata["task"], metadata["schema_version"])
+        found = (metadata["task"], metadata.get("level", level), metadata["schema_version"])
         returns = metadata["episode_returns"]
     except Exception as error:
         check(False, f"{path}: expected a dataset as in docs/formats.md; found {error!r:.300}")
     check(damaged is None, f"{path}: damaged bytes in {damaged}")
-    expected = (task, SCHEMA_VERSION)
-    check(found == expected, f"{path}: expected (task, schema) {expected}, found {found}")
+    expected = (task, level, SCHEMA_VERSION)
+    check(found == expected, f"{path}: expected (task, level, schema) {expected}, found {found}")
     check(returns and np.isfinite(returns).all(), f"{path}: no finite episode_returns")
     num_rows = len(data["rewards"])
-    widths = {"observations": obs_dim, "actions": action_dim, "next_observations": obs_dim}
+    widths = {
+        "observations": (obs_dim,),
+        "actions": (action_dim,),
+        "next_observations": (obs_dim,),
+        "physics": data["physics"].shape[1:],
+    }
     for name, dtype in DATASET.items():
         array = data[name]
-        shape = (num_rows, widths[name]) if name in widths else (num_rows, *array.shape[1:])
+        shape = (num_rows, *widths.get(name, ()))
         fits = array.shape == shape and array.dtype.kind == np.dtype(dtype).kind
         check(fits, f"{path}: {name}: expected {dtype} {shape}, found {array.dtype} {array.shape}")
         data[name] = np.ascontiguousarray(array, dtype)
         check(np.isfinite(data[name]).all(), f"{path}: {name}: found NaN or infinite values")
     check(np.abs(data["actions"]).max() <= 1, f"{path}: expected actions in [-1, 1]")
-    data["timeouts"][-1] = not data["terminals"][-1]  # of an episode that is cut short, too
+    data["timeouts"][-1] = not data["terminals"][-1]  # though the recording is cut there
     return data | {"metadata": metadata}
 
 
@@ -1003,7 +1023,7 @@ def capture(function):
     def call(*arguments):
         nonlocal calls, inputs, outputs
         calls += 1
-        if calls <= 3:  # states that are made lazily come to be outside the graph
+        if calls <= 3:  # what Adam and cuBLAS make in their first calls is not to be recorded
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 result = function(*arguments)

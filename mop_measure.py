@@ -236,15 +236,15 @@ def describe(taus: torch.Tensor) -> dict:
 
 
 def per_state_taus(student: Actor, obs: torch.Tensor, code, other_code):
-    """tau-a and tau-b of both hidden layers under two task codes, (N, obs) -> (2, N), (2, N)."""
+    """tau-a and tau-b of every hidden layer under two task codes, (N, obs) -> (layers, N) each."""
     taus_a = []
     taus_b = []
     for part in tqdm(obs.split(1024), desc="tau", disable=None, leave=False):
-        layers = torch.cat(hidden_layers(student, add_code(part, code)))  # (2 B, hidden)
+        layers = torch.cat(hidden_layers(student, add_code(part, code)))  # (layers * B, hidden)
         other_layers = torch.cat(hidden_layers(student, add_code(part, other_code)))
         tau_a, tau_b = kendall_taus(layers, other_layers)
-        taus_a.append(tau_a.view(2, -1).cpu())
-        taus_b.append(tau_b.view(2, -1).cpu())
+        taus_a.append(tau_a.view(-1, len(part)).cpu())
+        taus_b.append(tau_b.view(-1, len(part)).cpu())
     return torch.cat(taus_a, dim=1), torch.cat(taus_b, dim=1)
 
 
@@ -274,7 +274,7 @@ def shared_computation(student: Actor, codes: torch.Tensor, visited: dict, args)
         averages_a, averages_b = kendall_taus(means[i], means[j])
         features = hidden_layers(student, add_code(cka_obs, codes[i]))
         other_features = hidden_layers(student, add_code(cka_obs, codes[j]))
-        for layer in range(2):
+        for layer in range(len(features)):
             by_task = {}
             for k, task in enumerate(tasks):
                 by_task[task] = {
@@ -642,11 +642,14 @@ def run_episodes(policy: nn.Module, task: str, seeds, workers: int, **options) -
 @cache
 def make_workers(workers: int) -> ProcessPoolExecutor:
     """Processes that stay for the whole run, since to start them takes seconds."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker)
+    precision = torch.get_float32_matmul_precision()
+    context = get_context("spawn")
+    return ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(precision,))
 
 
-def start_worker() -> None:
+def start_worker(precision: str) -> None:
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision(precision)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
 
 

@@ -235,6 +235,8 @@ def uncertainty(q: torch.Tensor) -> torch.Tensor:
 def pbrl_critic_loss(critics, target_critics, policy, target_policy, batch, beta_ood, args):
     """PBRL's loss, summed over the K critics (arXiv 2202.11566, section 3; thesis 5.1.1).
 
+    mean (Q_k(s, a) - r - gamma (Q^-_k(s', a') - beta_in U^-(s', a')))^2 over the batch, plus
+    mean (Q_k(s, b) - max(Q_k(s, b) - beta_ood U(s, b), 0))^2 over OOD actions b in s and s'.
     batch: tensors with the names and shapes of a dataset, (B, ..); a timeout is not terminal.
     Returns the loss () and metrics, a dict of () tensors.
     """
@@ -279,13 +281,14 @@ def pbrl_critic_loss(critics, target_critics, policy, target_policy, batch, beta
 def cloning_weights(rewards: torch.Tensor, ends: torch.Tensor, temperature: float) -> torch.Tensor:
     """Weights of the transitions in behaviour cloning, by the return R of their episode. (N,).
 
-    w ~ exp((R - R_max) / (temperature (R_max - R_min))), of mean 1: so Hong et al. 2023 (arXiv
-    2306.13085) draw transitions from mixed data. ends: the last transitions of the episodes, (N,).
+    w ~ exp((R - R_max) / (temperature max |R|)), of mean 1; ends: the last transitions of the
+    episodes, (N,). After Hong et al. 2023 (arXiv 2306.13085), who draw transitions so and divide
+    by R_max - R_min, which on one policy's data leaves out the episodes with the hardest starts.
     """
     episode = ends.cumsum(dim=0) - ends.long()  # number of the episode of each transition
     returns = torch.bincount(episode, rewards.double())
-    spread = (returns.max() - returns.min()).clamp(min=1e-8)
-    weights = ((returns - returns.max()) / spread / temperature).exp()[episode]
+    scale = temperature * returns.abs().max().clamp(min=1e-8)
+    weights = ((returns - returns.max()) / scale).exp()[episode]
     return (weights / weights.mean()).float()
 
 
@@ -338,31 +341,32 @@ def main():
 
     # data and outputs
     path = args.data or find_file(f"data/{args.task}-{args.level}.npz")
-    data = load_dataset(path, args.task, obs_dim, action_dim)
+    data = load_dataset(path, args.task, args.level, obs_dim, action_dim)
     data_return = np.mean(data["metadata"]["episode_returns"])
     names = ["observations", "actions", "rewards", "next_observations", "terminals", "timeouts"]
     transitions = {name: torch.from_numpy(data[name]).to(device) for name in names}
-    ends = transitions["terminals"] | transitions.pop("timeouts")
+    timeouts = transitions.pop("timeouts")
     transitions["cloning_weights"] = cloning_weights(
-        transitions["rewards"], ends, args.bc_temperature
+        transitions["rewards"], transitions["terminals"] | timeouts, args.bc_temperature
     )
     num_transitions = len(transitions["rewards"])
     print(f"{path}: {num_transitions} transitions, return {data_return:.1f}")
-    kind = "teacher" if args.actor == "deterministic" else f"teacher-{args.actor}"
-    output = Path(args.output or f"checkpoints/{args.task}-{args.level}-{kind}.pt").expanduser()
+    suffix = "teacher" if args.actor == "deterministic" else f"teacher-{args.actor}"
+    output = Path(args.output or f"checkpoints/{args.task}-{args.level}-{suffix}.pt").expanduser()
     check_output(output, args)
     run_dir = make_run_dir(args, output.stem)
 
     # networks
-    stream = "" if args.common_seed else f" teacher {args.task} from {args.task}"
-    torch.manual_seed(zlib.crc32(f"{args.seed}{stream}".encode()))
+    own_name = "" if args.common_seed else f" teacher {args.task} from {args.task}"
+    torch.manual_seed(zlib.crc32(f"{args.seed}{own_name}".encode()))
     log_std_bounds = LOG_STD[args.actor]
     out_dim = 2 * action_dim if log_std_bounds else action_dim
     actor = Actor(obs_dim, out_dim, args.hidden).to(device)
     critics = Critics(args.num_critics, obs_dim, action_dim, args.hidden).to(device)
     target_actor = deepcopy(actor)
     target_critics = deepcopy(critics)
-    learning_rate = torch.tensor(args.learning_rate, device=device)  # a tensor, for CUDA graphs
+    # a tensor, since a CUDA graph reads tensors only
+    learning_rate = torch.tensor(args.learning_rate, device=device)
     adam = partial(Adam, lr=learning_rate, fused=True, capturable=args.cuda_graph)
     actor_optimizer = adam(actor.parameters())
     critic_optimizer = adam(critics.parameters())
@@ -390,14 +394,13 @@ def main():
         for name, part in trained.items():
             part.load_state_dict(resume_point[name])
         for optimizer in (actor_optimizer, critic_optimizer):
-            optimizer.param_groups[0]["lr"] = learning_rate
+            optimizer.param_groups[0].update(lr=learning_rate, capturable=args.cuda_graph)
         torch.set_rng_state(resume_point["random_states"][0])
         torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
 
     writer = SummaryWriter(run_dir, purge_step=start + 1)
 
-    def update_critics(beta_ood):
-        index = torch.randint(num_transitions, (args.batch_size,), device=device)
+    def update_critics(index, beta_ood):
         batch = {name: values[index] for name, values in transitions.items()}
         loss, metrics = pbrl_critic_loss(
             critics, target_critics, policy, target_policy, batch, beta_ood, args
@@ -405,9 +408,12 @@ def main():
         critic_optimizer.zero_grad()
         loss.backward()
         critic_optimizer.step()
-        return batch["observations"], batch["actions"], batch["cloning_weights"], metrics
+        return metrics
 
-    def update_actor(obs, action, weight):
+    def update_actor(index):
+        obs = transitions["observations"][index]
+        action = transitions["actions"][index]
+        weight = transitions["cloning_weights"][index]
         loss = pbrl_actor_loss(policy, critics, obs, action, weight, args.bc_coef)
         actor_optimizer.zero_grad()
         loss.backward(inputs=list(actor.parameters()))  # gradients for the actor only
@@ -428,9 +434,10 @@ def main():
             learning_rate.fill_(args.learning_rate * share_left / args.anneal)
         beta_ood = max(args.beta_ood * args.beta_ood_decay**step, args.beta_ood_min)
         beta_ood = torch.full((), beta_ood, device=device)  # a CUDA graph reads tensors only
-        obs, action, weight, metrics = update_critics(beta_ood)
+        index = torch.randint(num_transitions, (args.batch_size,), device=device)
+        metrics = update_critics(index, beta_ood)
         if step % args.policy_frequency == 0:
-            update_actor(obs, action, weight)
+            update_actor(index)
         update_targets()
         last = step == args.gradient_steps
         evaluate = last or step % args.eval_every == 0
@@ -453,6 +460,7 @@ def main():
                 "schema_version": SCHEMA_VERSION,
                 "kind": "teacher",
                 "tasks": [args.task],
+                "data_tasks": [args.task],
                 "level": args.level,
                 "args": vars(args),
                 "step": step,
@@ -486,6 +494,7 @@ def main():
             for name, part in trained.items():
                 resume_point[name] = part.state_dict()
             save(run_dir / "resume.pt", resume_point)
+    writer.close()
     print(f"wrote {output}, and returns.csv and losses.csv in {run_dir}")
 
 
@@ -493,9 +502,9 @@ def main():
 def parse_args():
     """The command line -> (args, resume point or None, device).
 
-    --scale laptop or else --resume change the defaults; flags that are given win over both.
+    The defaults are those of the run to resume, else of --scale; flags that are given win.
     """
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=__doc__)  # a first time, for --scale and --resume alone
     default = Args()
     resume_point = None
     if args.scale == "laptop":
@@ -513,7 +522,7 @@ def parse_args():
         check(found == device, f"--resume: expected a run on {device}, found one on {found}")
     if args.threads > 0:
         torch.set_num_threads(args.threads)
-    args.threads = torch.get_num_threads()  # else torch's choice: the cores that it may use
+    args.threads = torch.get_num_threads()  # 0 has become as many cores as torch may use
     torch.set_float32_matmul_precision(args.matmul_precision)
     return args, resume_point, device
 
@@ -536,6 +545,8 @@ def make_run_dir(args, name: str) -> Path:
     run_dir.mkdir(parents=True, exist_ok=True)
     free = args.resume or args.overwrite or not any(run_dir.iterdir())
     check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
+    if not args.resume:
+        (run_dir / "resume.pt").unlink(missing_ok=True)  # of a run that is overwritten
     return run_dir
 
 
@@ -580,11 +591,14 @@ def run_episodes(policy: nn.Module, task: str, seeds, workers: int, **options) -
 @cache
 def make_workers(workers: int) -> ProcessPoolExecutor:
     """Processes that stay for the whole run, since to start them takes seconds."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker)
+    precision = torch.get_float32_matmul_precision()
+    context = get_context("spawn")
+    return ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(precision,))
 
 
-def start_worker() -> None:
+def start_worker(precision: str) -> None:
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision(precision)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
 
 
@@ -619,32 +633,37 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
     return {name: np.array(values) for name, values in episode.items()}
 
 
-def load_dataset(path, task: str, obs_dim: int, action_dim: int) -> dict:
+def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> dict:
     """The arrays of a dataset .npz and its metadata, as in docs/formats.md, all checked."""
     try:
         damaged = zipfile.ZipFile(path).testzip()  # np.load checks only what it reads
         with np.load(path, allow_pickle=False) as file:
             data = {name: file[name] for name in DATASET}
             metadata = json.loads(str(file["metadata"]))
-        found = (metadata["task"], metadata["schema_version"])
+        found = (metadata["task"], metadata.get("level", level), metadata["schema_version"])
         returns = metadata["episode_returns"]
     except Exception as error:
         check(False, f"{path}: expected a dataset as in docs/formats.md; found {error!r:.300}")
     check(damaged is None, f"{path}: damaged bytes in {damaged}")
-    expected = (task, SCHEMA_VERSION)
-    check(found == expected, f"{path}: expected (task, schema) {expected}, found {found}")
+    expected = (task, level, SCHEMA_VERSION)
+    check(found == expected, f"{path}: expected (task, level, schema) {expected}, found {found}")
     check(returns and np.isfinite(returns).all(), f"{path}: no finite episode_returns")
     num_rows = len(data["rewards"])
-    widths = {"observations": obs_dim, "actions": action_dim, "next_observations": obs_dim}
+    widths = {
+        "observations": (obs_dim,),
+        "actions": (action_dim,),
+        "next_observations": (obs_dim,),
+        "physics": data["physics"].shape[1:],
+    }
     for name, dtype in DATASET.items():
         array = data[name]
-        shape = (num_rows, widths[name]) if name in widths else (num_rows, *array.shape[1:])
+        shape = (num_rows, *widths.get(name, ()))
         fits = array.shape == shape and array.dtype.kind == np.dtype(dtype).kind
         check(fits, f"{path}: {name}: expected {dtype} {shape}, found {array.dtype} {array.shape}")
         data[name] = np.ascontiguousarray(array, dtype)
         check(np.isfinite(data[name]).all(), f"{path}: {name}: found NaN or infinite values")
     check(np.abs(data["actions"]).max() <= 1, f"{path}: expected actions in [-1, 1]")
-    data["timeouts"][-1] = not data["terminals"][-1]  # of an episode that is cut short, too
+    data["timeouts"][-1] = not data["terminals"][-1]  # though the recording is cut there
     return data | {"metadata": metadata}
 
 
@@ -735,7 +754,7 @@ def capture(function):
     def call(*arguments):
         nonlocal calls, inputs, outputs
         calls += 1
-        if calls <= 3:  # states that are made lazily come to be outside the graph
+        if calls <= 3:  # what Adam and cuBLAS make in their first calls is not to be recorded
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 result = function(*arguments)

@@ -254,9 +254,10 @@ def train(args, resume_point, device) -> None:
     # evaluation may use the same environment, so it has to fall between two episodes
     fits = args.eval_every % length == 0 and args.total_timesteps % length == 0
     check(fits, f"--eval-every, --total-timesteps: expected multiples of the episode's {length}")
-    reached = args.medium_step % args.eval_every == 0 and args.medium_step <= args.total_timesteps
-    text = f"a multiple of {args.eval_every} up to {args.total_timesteps}, or a --medium-return"
-    check(reached or args.medium_return is not None, f"--medium-step: expected {text}")
+    if args.medium_return is None:
+        fits = args.medium_step in range(args.eval_every, args.total_timesteps + 1, args.eval_every)
+        text = f"a multiple of {args.eval_every} up to {args.total_timesteps}, or a --medium-return"
+        check(fits, f"--medium-step: expected {text}")
     outputs = {}
     for level in ("medium", "expert"):
         outputs[f"{level} behavior"] = Path(f"checkpoints/{args.task}-{level}-behavior.pt")
@@ -307,7 +308,7 @@ def train(args, resume_point, device) -> None:
         for name, part in trained.items():
             part.load_state_dict(resume_point[name])
         for optimizer in (actor_optimizer, critic_optimizer):
-            optimizer.param_groups[0]["lr"] = args.learning_rate
+            optimizer.param_groups[0].update(lr=args.learning_rate, capturable=args.cuda_graph)
         torch.set_rng_state(resume_point["random_states"][0])
         torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
 
@@ -364,6 +365,8 @@ def train(args, resume_point, device) -> None:
             time_step = env.step(action.numpy())
         except PhysicsError as error:
             check(False, f"step {step}: {args.task}: {error}")
+        ended = time_step.last()
+        check(ended == (step % length == 0), f"step {step}: expected episodes of {length} steps")
         next_obs = flat(time_step)
         transition = np.concatenate([obs, action.numpy(), [time_step.reward], next_obs])
         replay[step - 1] = torch.from_numpy(transition)
@@ -523,6 +526,8 @@ def save_dataset(path: Path, data: dict, task: str, source: dict, args) -> None:
 def main():
     args, resume_point, device = parse_args()
     if args.policy is None:
+        plain = args.mix == "online" and args.output is None
+        check(plain, "--mix, --output: expected --policy, whose episodes they are for")
         train(args, resume_point, device)
     else:
         # a behaviour's plain dataset has the name that training gives it
@@ -538,9 +543,9 @@ def main():
 def parse_args():
     """The command line -> (args, resume point or None, device).
 
-    --scale laptop or else --resume change the defaults; flags that are given win over both.
+    The defaults are those of the run to resume, else of --scale; flags that are given win.
     """
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=__doc__)  # a first time, for --scale and --resume alone
     default = Args()
     resume_point = None
     if args.scale == "laptop":
@@ -558,7 +563,7 @@ def parse_args():
         check(found == device, f"--resume: expected a run on {device}, found one on {found}")
     if args.threads > 0:
         torch.set_num_threads(args.threads)
-    args.threads = torch.get_num_threads()  # else torch's choice: the cores that it may use
+    args.threads = torch.get_num_threads()  # 0 has become as many cores as torch may use
     torch.set_float32_matmul_precision(args.matmul_precision)
     return args, resume_point, device
 
@@ -570,6 +575,8 @@ def make_run_dir(args, name: str) -> Path:
     run_dir.mkdir(parents=True, exist_ok=True)
     free = args.resume or args.overwrite or not any(run_dir.iterdir())
     check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
+    if not args.resume:
+        (run_dir / "resume.pt").unlink(missing_ok=True)  # of a run that is overwritten
     return run_dir
 
 
@@ -614,11 +621,14 @@ def run_episodes(policy: nn.Module, task: str, seeds, workers: int, **options) -
 @cache
 def make_workers(workers: int) -> ProcessPoolExecutor:
     """Processes that stay for the whole run, since to start them takes seconds."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker)
+    precision = torch.get_float32_matmul_precision()
+    context = get_context("spawn")
+    return ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(precision,))
 
 
-def start_worker() -> None:
+def start_worker(precision: str) -> None:
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision(precision)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
 
 
@@ -759,7 +769,7 @@ def capture(function):
     def call(*arguments):
         nonlocal calls, inputs, outputs
         calls += 1
-        if calls <= 3:  # states that are made lazily come to be outside the graph
+        if calls <= 3:  # what Adam and cuBLAS make in their first calls is not to be recorded
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 result = function(*arguments)

@@ -230,6 +230,8 @@ def uncertainty(q: torch.Tensor) -> torch.Tensor:
 def pbrl_critic_loss(critics, target_critics, policy, target_policy, batch, beta_ood, args):
     """PBRL's loss, summed over the K critics (arXiv 2202.11566, section 3; thesis 5.1.1).
 
+    mean (Q_k(s, a) - r - gamma (Q^-_k(s', a') - beta_in U^-(s', a')))^2 over the batch, plus
+    mean (Q_k(s, b) - max(Q_k(s, b) - beta_ood U(s, b), 0))^2 over OOD actions b in s and s'.
     batch: tensors with the names and shapes of a dataset, (B, ..); a timeout is not terminal.
     Returns the loss () and metrics, a dict of () tensors.
     """
@@ -274,13 +276,14 @@ def pbrl_critic_loss(critics, target_critics, policy, target_policy, batch, beta
 def cloning_weights(rewards: torch.Tensor, ends: torch.Tensor, temperature: float) -> torch.Tensor:
     """Weights of the transitions in behaviour cloning, by the return R of their episode. (N,).
 
-    w ~ exp((R - R_max) / (temperature (R_max - R_min))), of mean 1: so Hong et al. 2023 (arXiv
-    2306.13085) draw transitions from mixed data. ends: the last transitions of the episodes, (N,).
+    w ~ exp((R - R_max) / (temperature max |R|)), of mean 1; ends: the last transitions of the
+    episodes, (N,). After Hong et al. 2023 (arXiv 2306.13085), who draw transitions so and divide
+    by R_max - R_min, which on one policy's data leaves out the episodes with the hardest starts.
     """
     episode = ends.cumsum(dim=0) - ends.long()  # number of the episode of each transition
     returns = torch.bincount(episode, rewards.double())
-    spread = (returns.max() - returns.min()).clamp(min=1e-8)
-    weights = ((returns - returns.max()) / spread / temperature).exp()[episode]
+    scale = temperature * returns.abs().max().clamp(min=1e-8)
+    weights = ((returns - returns.max()) / scale).exp()[episode]
     return (weights / weights.mean()).float()
 
 
@@ -348,10 +351,11 @@ def main():
     transitions = []
     data_returns = []
     for i, task in enumerate(args.tasks):
-        data = load_dataset(paths[i], task, obs_dim, action_dim)
+        data = load_dataset(paths[i], task, levels[i], obs_dim, action_dim)
         data_returns.append(np.mean(data["metadata"]["episode_returns"]))
         transitions.append({name: torch.from_numpy(data[name]).to(device) for name in arrays})
-        ends = transitions[i]["terminals"] | transitions[i].pop("timeouts")
+        timeouts = transitions[i].pop("timeouts")
+        ends = transitions[i]["terminals"] | timeouts
         transitions[i]["cloning_weights"] = cloning_weights(
             transitions[i]["rewards"], ends, args.bc_temperature
         )
@@ -364,14 +368,15 @@ def main():
     run_dir = make_run_dir(args, output.stem)
 
     # networks
-    stream = "" if args.common_seed else f" teacher {all_tasks} from {all_tasks}"
-    torch.manual_seed(zlib.crc32(f"{args.seed}{stream}".encode()))
+    own_name = "" if args.common_seed else f" teacher {all_tasks} from {all_tasks}"
+    torch.manual_seed(zlib.crc32(f"{args.seed}{own_name}".encode()))
     log_std_bounds = LOG_STD[args.actor]
     out_dim = 2 * action_dim if log_std_bounds else action_dim
     codes = torch.arange(num_tasks, device=device).float()[:, None]  # (task, code)
     actor = Actor(obs_dim + 1, out_dim, args.hidden).to(device)
     target_actor = deepcopy(actor)
-    learning_rate = torch.tensor(args.learning_rate, device=device)  # a tensor, for CUDA graphs
+    # a tensor, since a CUDA graph reads tensors only
+    learning_rate = torch.tensor(args.learning_rate, device=device)
     adam = partial(Adam, lr=learning_rate, fused=True, capturable=args.cuda_graph)
     actor_optimizer = adam(actor.parameters())
     critics = []
@@ -408,15 +413,13 @@ def main():
         for name, part in trained.items():
             part.load_state_dict(resume_point[name])
         for optimizer in (actor_optimizer, *critic_optimizers):
-            optimizer.param_groups[0]["lr"] = learning_rate
+            optimizer.param_groups[0].update(lr=learning_rate, capturable=args.cuda_graph)
         torch.set_rng_state(resume_point["random_states"][0])
         torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
 
     writer = SummaryWriter(run_dir, purge_step=start + 1)
 
-    def update_critics(i, beta_ood):
-        num_transitions = len(transitions[i]["rewards"])
-        index = torch.randint(num_transitions, (args.batch_size,), device=device)
+    def update_critics(i, index, beta_ood):
         batch = {name: values[index] for name, values in transitions[i].items()}
         loss, metrics = pbrl_critic_loss(
             critics[i], target_critics[i], policies[i], target_policies[i], batch, beta_ood, args
@@ -424,9 +427,12 @@ def main():
         critic_optimizers[i].zero_grad()
         loss.backward()
         critic_optimizers[i].step()
-        return batch["observations"], batch["actions"], batch["cloning_weights"], metrics
+        return metrics
 
-    def update_actor(i, obs, action, weight):
+    def update_actor(i, index):
+        obs = transitions[i]["observations"][index]
+        action = transitions[i]["actions"][index]
+        weight = transitions[i]["cloning_weights"][index]
         loss = pbrl_actor_loss(policies[i], critics[i], obs, action, weight, args.bc_coef)
         actor_optimizer.zero_grad()
         loss.backward(inputs=list(actor.parameters()))  # gradients for the actor only
@@ -452,11 +458,13 @@ def main():
         beta_ood_tensor = torch.full((), beta_ood, device=device)
         metrics = {"beta_ood": beta_ood}
         for i, task in enumerate(args.tasks):
-            obs, action, weight, task_metrics = critic_updates[i](beta_ood_tensor)
+            num_transitions = len(transitions[i]["rewards"])
+            index = torch.randint(num_transitions, (args.batch_size,), device=device)
+            task_metrics = critic_updates[i](index, beta_ood_tensor)
             for name, value in task_metrics.items():
                 metrics[f"{name}/{task}"] = value
             if step % args.policy_frequency == 0:
-                actor_updates[i](obs, action, weight)
+                actor_updates[i](index)
         update_targets()
         last = step == args.gradient_steps
         evaluate = last or step % args.eval_every == 0
@@ -523,6 +531,7 @@ def main():
             for name, part in trained.items():
                 resume_point[name] = part.state_dict()
             save(run_dir / "resume.pt", resume_point)
+    writer.close()
     print(f"wrote {output}, and returns.csv and losses.csv in {run_dir}")
 
 
@@ -530,9 +539,9 @@ def main():
 def parse_args():
     """The command line -> (args, resume point or None, device).
 
-    --scale laptop or else --resume change the defaults; flags that are given win over both.
+    The defaults are those of the run to resume, else of --scale; flags that are given win.
     """
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=__doc__)  # a first time, for --scale and --resume alone
     default = Args()
     resume_point = None
     if args.scale == "laptop":
@@ -550,7 +559,7 @@ def parse_args():
         check(found == device, f"--resume: expected a run on {device}, found one on {found}")
     if args.threads > 0:
         torch.set_num_threads(args.threads)
-    args.threads = torch.get_num_threads()  # else torch's choice: the cores that it may use
+    args.threads = torch.get_num_threads()  # 0 has become as many cores as torch may use
     torch.set_float32_matmul_precision(args.matmul_precision)
     return args, resume_point, device
 
@@ -573,6 +582,8 @@ def make_run_dir(args, name: str) -> Path:
     run_dir.mkdir(parents=True, exist_ok=True)
     free = args.resume or args.overwrite or not any(run_dir.iterdir())
     check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
+    if not args.resume:
+        (run_dir / "resume.pt").unlink(missing_ok=True)  # of a run that is overwritten
     return run_dir
 
 
@@ -617,11 +628,14 @@ def run_episodes(policy: nn.Module, task: str, seeds, workers: int, **options) -
 @cache
 def make_workers(workers: int) -> ProcessPoolExecutor:
     """Processes that stay for the whole run, since to start them takes seconds."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=start_worker)
+    precision = torch.get_float32_matmul_precision()
+    context = get_context("spawn")
+    return ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(precision,))
 
 
-def start_worker() -> None:
+def start_worker(precision: str) -> None:
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision(precision)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
 
 
@@ -656,32 +670,37 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
     return {name: np.array(values) for name, values in episode.items()}
 
 
-def load_dataset(path, task: str, obs_dim: int, action_dim: int) -> dict:
+def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> dict:
     """The arrays of a dataset .npz and its metadata, as in docs/formats.md, all checked."""
     try:
         damaged = zipfile.ZipFile(path).testzip()  # np.load checks only what it reads
         with np.load(path, allow_pickle=False) as file:
             data = {name: file[name] for name in DATASET}
             metadata = json.loads(str(file["metadata"]))
-        found = (metadata["task"], metadata["schema_version"])
+        found = (metadata["task"], metadata.get("level", level), metadata["schema_version"])
         returns = metadata["episode_returns"]
     except Exception as error:
         check(False, f"{path}: expected a dataset as in docs/formats.md; found {error!r:.300}")
     check(damaged is None, f"{path}: damaged bytes in {damaged}")
-    expected = (task, SCHEMA_VERSION)
-    check(found == expected, f"{path}: expected (task, schema) {expected}, found {found}")
+    expected = (task, level, SCHEMA_VERSION)
+    check(found == expected, f"{path}: expected (task, level, schema) {expected}, found {found}")
     check(returns and np.isfinite(returns).all(), f"{path}: no finite episode_returns")
     num_rows = len(data["rewards"])
-    widths = {"observations": obs_dim, "actions": action_dim, "next_observations": obs_dim}
+    widths = {
+        "observations": (obs_dim,),
+        "actions": (action_dim,),
+        "next_observations": (obs_dim,),
+        "physics": data["physics"].shape[1:],
+    }
     for name, dtype in DATASET.items():
         array = data[name]
-        shape = (num_rows, widths[name]) if name in widths else (num_rows, *array.shape[1:])
+        shape = (num_rows, *widths.get(name, ()))
         fits = array.shape == shape and array.dtype.kind == np.dtype(dtype).kind
         check(fits, f"{path}: {name}: expected {dtype} {shape}, found {array.dtype} {array.shape}")
         data[name] = np.ascontiguousarray(array, dtype)
         check(np.isfinite(data[name]).all(), f"{path}: {name}: found NaN or infinite values")
     check(np.abs(data["actions"]).max() <= 1, f"{path}: expected actions in [-1, 1]")
-    data["timeouts"][-1] = not data["terminals"][-1]  # of an episode that is cut short, too
+    data["timeouts"][-1] = not data["terminals"][-1]  # though the recording is cut there
     return data | {"metadata": metadata}
 
 
@@ -772,7 +791,7 @@ def capture(function):
     def call(*arguments):
         nonlocal calls, inputs, outputs
         calls += 1
-        if calls <= 3:  # states that are made lazily come to be outside the graph
+        if calls <= 3:  # what Adam and cuBLAS make in their first calls is not to be recorded
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 result = function(*arguments)

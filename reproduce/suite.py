@@ -82,7 +82,7 @@ def chain(task: str, length: int) -> None:
 
 
 def recomputed_rewards(task: str, obs_dim: int, action_dim: int) -> None:
-    data = mop_ds.load_dataset(f"data/{task}-medium.npz", task, obs_dim, action_dim)
+    data = mop_ds.load_dataset(f"data/{task}-medium.npz", task, "medium", obs_dim, action_dim)
     mop_ds.check_physics("its data", data, task)
     mop_ds.compute_rewards(task, data["physics"], data["actions"])
 

@@ -62,7 +62,7 @@ def page_command(name: str) -> list[str]:
 
 def load(path, task="walker-walk") -> dict:
     """A converted file, through the check that every script makes."""
-    return mop_ds.load_dataset(path, task, 24, 6)
+    return mop_ds.load_dataset(path, task, "medium", 24, 6)
 
 
 def assert_equal_arrays(found: dict, expected: dict):
@@ -244,7 +244,7 @@ def test_a_goal_that_is_not_in_the_physics(run, tmp_path):
     assert run(*command).startswith("task reacher-easy: ")
     assert not (tmp_path / "out.npz").exists()
     assert "wrote" in run(*command, "--rewards", "stored")
-    found = mop_ds.load_dataset("out.npz", "reacher-easy", 6, 2)
+    found = mop_ds.load_dataset("out.npz", "reacher-easy", "medium", 6, 2)
     np.testing.assert_array_equal(found["rewards"], episode["reward"][1:, 0])
 
 

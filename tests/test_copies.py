@@ -90,8 +90,8 @@ def test_copies_under_examples():
         docstring = ast.get_docstring(ast.parse(path.read_text()))
         source = re.search(r"a copy of (mop_\w+\.py)", docstring)
         if source:
-            own = re.search(r"^Own: (.*)$", docstring, re.MULTILINE)
-            own = own[1].split(", ") if own else []
+            own = re.search(r"^Own: (.*?)\n\n", docstring, re.MULTILINE | re.DOTALL)
+            own = re.split(r",\s+", own[1]) if own else []
             original = definitions(ROOT / source[1])
             differing = []
             for name, text in definitions(path).items():

@@ -179,6 +179,15 @@ def test_an_unstable_state_ends_the_episode_as_it_stands(unstable_env):
     assert len(episode["observations"]) == len(episode["physics"]) == 5
 
 
+def test_an_episode_that_ends_early_stops_td3(monkeypatch, run_main):
+    """A task of one's own that ends in a terminal state: what follows would be another episode."""
+    env = distill.make_env("cartpole-balance")
+    monkeypatch.setattr(env.task, "get_termination", lambda physics: 0.0)
+    monkeypatch.setattr(td3, "make_env", lambda task: env)
+    outcome = run_main(td3, "--task", "cartpole-balance", "--scale", "laptop", "--hidden", 8)
+    assert_stopped(outcome, "error: step 1: expected episodes of 1000 steps")
+
+
 def test_an_unstable_state_stops_td3(unstable_env, run_main):
     """There is no next state to learn from."""
     outcome = run_main(td3, "--task", "cartpole-balance", "--scale", "laptop", "--hidden", 8)

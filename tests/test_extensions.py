@@ -363,6 +363,43 @@ def test_flags(run_main, tmp_path, module, options, message):
 
 
 @pytest.mark.parametrize("module", [ds, oqs])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data_tasks": ["walker-run"]}, "a.pt: learned from the data of ['walker-run']"),
+        ({"log_std": (-5.0, 0.0)}, "a.pt: found a Gaussian teacher"),
+    ],
+)
+def test_teachers_that_do_not_fit(run_main, tmp_path, module, changes, message):
+    write_data(tmp_path)
+    write_teacher(tmp_path / "a.pt", **changes)
+    write_teacher(tmp_path / "b.pt", task="walker-walk")
+    outcome = run_main(module, *SIZES, "--teachers", "a.pt", "b.pt")
+    assert_stopped(outcome, message)
+
+
+@pytest.mark.parametrize("module", [ds, oqs])
+def test_fewer_teacher_steps_than_made(run_main, no_episodes, tmp_path, module):
+    """Else a teacher's file would be missing when all others have been trained."""
+    write_data(tmp_path)
+    longer = [*SIZES, "--teacher-steps", 60, "--eval-every", 40, "--run-dir", "run"]
+    save_resume_point = module.save_resume_point
+
+    def save_and_die(*arguments):
+        save_resume_point(*arguments)
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "save_resume_point", save_and_die)
+        with pytest.raises(Killed):
+            run_main(module, *longer)
+    outcome = run_main(module, "--resume", "run", "--teacher-steps", 20)
+    code, text = outcome
+    assert code == 1
+    assert "has made 40" in text
+
+
+@pytest.mark.parametrize("module", [ds, oqs])
 @pytest.mark.parametrize("states", ["before the actions", "of another model"])
 def test_physics_states_that_do_not_give_the_rewards(run_main, tmp_path, module, states):
     """The rewards under another task would be wrong."""

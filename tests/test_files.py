@@ -77,6 +77,9 @@ FLAGS = [
     (pbrl, ["--resume", "nowhere"], "nowhere/resume.pt: expected a resume point of mop_pbrl"),
     (td3, ["--total-timesteps", 2_000_500], "--total-timesteps: expected multiples of"),
     (td3, ["--total-timesteps", 20_000], "--medium-step: expected a multiple of 10000 up to 20000"),
+    (td3, ["--medium-step", 0], "--medium-step: expected a multiple of 10000 up to 2000000"),
+    (td3, ["--mix", "noise"], "--mix, --output: expected --policy"),
+    (td3, ["--output", "d.npz"], "--mix, --output: expected --policy"),
     (td3, ["--policy", "none.pt"], "none.pt: expected a behavior or teacher"),
     (td3, [*NOISE, "--num-transitions", 5000], "--mix noise takes a multiple of 10000"),
 ]
@@ -92,7 +95,7 @@ def test_flags(run_main, tmp_path, monkeypatch, module, options, message):
 def refusal(path) -> str:
     """The line with which load_dataset stops."""
     with pytest.raises(SystemExit) as stop:
-        distill.load_dataset(path, "walker-stand", 24, 6)
+        distill.load_dataset(path, "walker-stand", "medium", 24, 6)
     assert str(path) in stop.value.code
     assert "\n" not in stop.value.code
     return stop.value.code
@@ -105,8 +108,11 @@ DATASETS = [
     ({"actions": np.full((200, 6), 1.5, np.float32)}, {}, "expected actions in [-1, 1]"),
     ({"terminals": np.zeros(200)}, {}, "terminals: expected bool (200,), found float64"),
     ({"rewards": np.array([None] * 200)}, {}, "Object arrays cannot be loaded"),
-    ({}, {"task": "walker-walk"}, "('walker-stand', 1), found ('walker-walk', 1)"),
-    ({}, {"schema_version": 9}, "(task, schema) ('walker-stand', 1), found ('walker-stand', 9)"),
+    ({"rewards": np.zeros((200, 1), np.float32)}, {}, "rewards: expected float32 (200,), found"),
+    ({"timeouts": np.zeros((200, 1), bool)}, {}, "timeouts: expected bool (200,), found bool"),
+    ({}, {"task": "walker-walk"}, "expected (task, level, schema) ('walker-stand', 'medium', 1)"),
+    ({}, {"level": "expert"}, "found ('walker-stand', 'expert', 1)"),
+    ({}, {"schema_version": 9}, "found ('walker-stand', 'medium', 9)"),
     ({}, {"episode_returns": []}, "no finite episode_returns"),
     ({}, {"episode_returns": [1.0, np.nan]}, "no finite episode_returns"),
 ]
@@ -209,7 +215,7 @@ def damaged(content: bytes, rng) -> bytes:
 def test_damaged_files_are_refused_or_what_they_were(run_main, inputs, no_episodes, name, count):
     def read():
         if name == "d.npz":
-            return distill.load_dataset(name, "walker-stand", 24, 6)
+            return distill.load_dataset(name, "walker-stand", "medium", 24, 6)
         return distill.read_pt(name, "teacher", "resume point of mop_pbrl_teacher.py")
 
     run_main(pbrl, *TEACHER_RUN)
@@ -281,6 +287,9 @@ def test_run_folders(run_main, tmp_path, monkeypatch, inputs, no_episodes):
     assert isinstance(run_main(pbrl, *TEACHER_RUN), str)
     outcome = run_main(pbrl, *TEACHER_RUN, "--output", "b.pt")
     assert_stopped(outcome, "--run-dir run: not empty; pass --overwrite, or --resume run")
+    diverging = [*TEACHER_RUN, "--overwrite", "--learning-rate", 1e9, "--gradient-steps", 40]
+    assert_stopped(run_main(pbrl, *diverging, "--eval-every", 40), "step 40: ")
+    assert not Path("run/resume.pt").exists()  # that of the run before is not this one's
     assert isinstance(run_main(pbrl, *TEACHER_RUN, "--overwrite"), str)
 
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -308,7 +317,7 @@ def test_a_file_that_cannot_be_written_keeps_the_old_one(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == b"old"
     save_dataset()  # also where the name does not end in .npz
-    assert len(distill.load_dataset(path, "walker-stand", 24, 6)["rewards"]) == 200
+    assert len(distill.load_dataset(path, "walker-stand", "medium", 24, 6)["rewards"]) == 200
 
 
 def test_a_run_that_diverges_stops_by_name(run_main, inputs, no_episodes):

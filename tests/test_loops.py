@@ -290,7 +290,8 @@ def write_data(tasks) -> dict:
         arrays["timeouts"] = ends > 0.8
         arrays["timeouts"][-1] = True
         arrays["rewards"] = rewards_of(task, arrays)
-        write_dataset(Path(f"data/{task}-{LEVELS[task]}.npz"), task, arrays)
+        path = Path(f"data/{task}-{LEVELS[task]}.npz")
+        write_dataset(path, task, arrays, level=LEVELS[task])
         datasets[task] = arrays
     return datasets
 
@@ -466,10 +467,10 @@ def plain_cloning_weights(arrays, temperature):
             episodes.append([])
     episodes.pop()  # the last row ends an episode
     returns = [sum(arrays["rewards"][rows].tolist()) for rows in episodes]
-    spread = max(returns) - min(returns)
     weights = np.empty(len(arrays["rewards"]))
     for rows, value in zip(episodes, returns, strict=True):
-        weights[rows] = np.exp((value - max(returns)) / (temperature * spread))
+        share = value / max(returns)  # all returns here are positive
+        weights[rows] = np.exp((share - 1) / temperature)
     return torch.from_numpy(weights / weights.mean()).float()
 
 

@@ -70,10 +70,10 @@ WITH_CLONING = pytest.mark.parametrize("module", [pbrl, ds, oqs, naive])
 
 @WITH_CLONING
 def test_cloning_weights_by_hand(module):
-    """Episodes of 2, 3, 1 and 1 transitions with returns 2, 6, 4 and 0; the last one is open."""
-    rewards = torch.tensor([0.5, 1.5, 0.5, 3.5, 2.0, 4.0, 0.0])
+    """Episodes of 2, 3, 1 and 1 transitions with returns 2, 6, 4 and 1; the last one is open."""
+    rewards = torch.tensor([0.5, 1.5, 0.5, 3.5, 2.0, 4.0, 1.0])
     ends = torch.tensor([0, 1, 0, 0, 1, 1, 0]).bool()
-    e = [math.exp((value - 6) / (0.5 * 6)) for value in (2, 6, 4, 0)]
+    e = [math.exp((value - 6) / (0.5 * 6)) for value in (2, 6, 4, 1)]
     expected = np.array([e[0], e[0], e[1], e[1], e[1], e[2], e[3]])
     weights = module.cloning_weights(rewards, ends, 0.5)
     assert weights.dtype == torch.float32
@@ -81,6 +81,11 @@ def test_cloning_weights_by_hand(module):
     # the lower the temperature, the more goes to the best: all of it in the end
     weights = module.cloning_weights(rewards, ends, 1e-4)
     np.testing.assert_allclose(weights, np.array([0, 0, 1, 1, 1, 0, 0]) * 7 / 3, rtol=1e-6)
+    # costs: returns -2, -6, -4 and -1, of which -1 is the best
+    weights = module.cloning_weights(-rewards, ends, 0.5)
+    e = [math.exp((value + 1) / (0.5 * 6)) for value in (-2, -6, -4, -1)]
+    expected = np.array([e[0], e[0], e[1], e[1], e[1], e[2], e[3]])
+    np.testing.assert_allclose(weights, expected / expected.mean(), rtol=1e-6)
 
 
 @WITH_CLONING

@@ -63,7 +63,7 @@ def test_teachers_reach_their_behaviour(task, level, kind):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_datasets(task):
-    data = load_dataset(BUNDLED / f"{task}-medium.npz", task, 24, 6)
+    data = load_dataset(BUNDLED / f"{task}-medium.npz", task, "medium", 24, 6)
     metadata = data.pop("metadata")
     assert len(data["rewards"]) == 19_000
     assert metadata["mix"] == "online"
