@@ -852,7 +852,7 @@ def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> 
     check(found == expected, f"{path}: expected (task, level, schema) {expected}, found {found}")
     check(returns and np.isfinite(returns).all(), f"{path}: no finite episode_returns")
     num_rows = len(data["rewards"])
-    widths = {
+    row_shapes = {
         "observations": (obs_dim,),
         "actions": (action_dim,),
         "next_observations": (obs_dim,),
@@ -860,7 +860,7 @@ def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> 
     }
     for name, dtype in DATASET.items():
         array = data[name]
-        shape = (num_rows, *widths.get(name, ()))
+        shape = (num_rows, *row_shapes.get(name, ()))
         fits = array.shape == shape and array.dtype.kind == np.dtype(dtype).kind
         check(fits, f"{path}: {name}: expected {dtype} {shape}, found {array.dtype} {array.shape}")
         data[name] = np.ascontiguousarray(array, dtype)
