@@ -53,6 +53,7 @@ TINY = {  # appended: the last one of two equal flags counts
     "naive_multitask_pbrl": TRAINING,
     "mop_distill": TRAINING,
     "my_distill": TRAINING,  # the tour's copy
+    "distill_reweighted": f"{TRAINING} --weight-steps 2",
     "mop_ds": TEACHERS,
     "mop_oqs": TEACHERS,
     "mop_measure": "--episodes 1 --cross-episodes 1 --tau-states 50 --cka-states 100"
@@ -232,6 +233,8 @@ def test_flags_that_are_named_exist(helps, page):
     for path in (ROOT / "benchmark").glob("*.py"):
         for name in re.findall(r"^    (\w+): ", path.read_text(), re.MULTILINE):
             known.add(f"--{name.replace('_', '-')}")
+    for name in args_fields(ROOT / "examples/distill_reweighted.py"):
+        known.add(f"--{name.replace('_', '-')}")
     for node in ast.walk(ast.parse((ROOT / "examples/convert.py").read_text())):
         if isinstance(node, ast.arg):
             known.add(f"--{node.arg.replace('_', '-')}")
