@@ -70,7 +70,7 @@ VERSIONS = {
     "numpy": np.__version__,
     "mujoco": mujoco.__version__,
 }
-EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; all other seeds are lower
+EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; others from lower ones
 SPLIT = {  # shares of the episodes to train, stop and test the classifier of the shift on
     "train": (0.0, 0.6),
     "validation": (0.6, 0.8),

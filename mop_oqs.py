@@ -73,7 +73,7 @@ DATASET = {  # arrays of a dataset and their types
     "timeouts": "bool",
     "physics": "float64",
 }
-EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; all other seeds are lower
+EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; others from lower ones
 LAPTOP = {  # defaults with --scale laptop
     "gradient_steps": 20_000,
     "learning_rate": 1e-3,
@@ -506,7 +506,7 @@ def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_
 
         # log
         if evaluate or step % 1000 == 0:
-            metrics = metrics | {"beta_ood": beta_ood}
+            metrics["beta_ood"] = beta_ood
             named_metrics = {f"{name}/{metric}": value for metric, value in metrics.items()}
             log(writer, rows["losses"], step, named_metrics)
 
@@ -598,10 +598,11 @@ def main():
             check(found == job.data_tasks, f"{job.path}: learned from the data of {found}")
             check(not teacher["sizes"]["log_std"], f"{job.path}: found a Gaussian teacher")
         jobs.append(job)
-    resume_point["args"] = vars(args) | {
+    files = {
         "data": tuple(map(os.path.abspath, data_paths)),
         "teachers": tuple(map(os.path.abspath, teacher_paths)),
     }
+    resume_point["args"] = vars(replace(args, **files))
 
     # data, with the rewards of every task
     datasets = {}  # task -> name -> tensor
@@ -690,7 +691,8 @@ def main():
         optimizer.zero_grad()
         total_loss.backward()
         optimizer.step()
-        return metrics | {"loss/total": total_loss.detach()}
+        metrics["loss/total"] = total_loss.detach()
+        return metrics
 
     if args.cuda_graph:
         update = capture(update)
@@ -913,7 +915,8 @@ def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> 
         check(np.isfinite(data[name]).all(), f"{path}: {name}: found NaN or infinite values")
     check(np.abs(data["actions"]).max() <= 1, f"{path}: expected actions in [-1, 1]")
     data["timeouts"][-1] = not data["terminals"][-1]  # though the recording is cut there
-    return data | {"metadata": metadata}
+    data["metadata"] = metadata
+    return data
 
 
 def check_physics(path, data: dict, task: str) -> None:

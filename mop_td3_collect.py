@@ -70,7 +70,7 @@ DATASET = {  # arrays of a dataset and their types
     "timeouts": "bool",
     "physics": "float64",
 }
-EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; all other seeds are lower
+EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; others from lower ones
 PLAIN_ONE_IN = {"online": 1, "noise": 10, "random90": 10, "random99": 100}  # --mix: see Args
 LAPTOP = {  # defaults with --scale laptop
     "hidden": 256,
@@ -376,7 +376,8 @@ def train(args, resume_point, device) -> None:
 
         # log
         if step % length == 0:
-            log(writer, rows["losses"], step, metrics | {"return/training": episode_return})
+            metrics["return/training"] = episode_return
+            log(writer, rows["losses"], step, metrics)
 
         # evaluate, save
         if step % args.eval_every == 0 or step == args.total_timesteps:

@@ -103,7 +103,8 @@ def measure(axis: str, value: int, work: str, folder: Path, args) -> dict:
         for task in tasks:
             data.append(speed.made_up_dataset(folder / f"{task}.npz", task, num_rows))
     if work == "load":
-        load = partial(mop_distill.load_dataset, data[0], tasks[0], speed.OBS, speed.ACT)
+        sizes = (speed.OBS, speed.ACT)
+        load = partial(mop_distill.load_dataset, data[0], tasks[0], "medium", *sizes)
         return {"ms": 1e3 * speed.median_time(load, 3)}
     if work == "pbrl":
         module = mop_pbrl_teacher

@@ -76,8 +76,8 @@ DATASET = {  # arrays of a dataset and their types
     "timeouts": "bool",
     "physics": "float64",
 }
-EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; all other seeds are lower
-TAU_STATES = 1000  # states of an evaluation in which tau is taken
+EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; others from lower ones
+TAU_STATES = 1000  # states per task and evaluation in which tau is taken
 MIN_VALUE = 0.1  # of the behaviour in q-ratio, so that no state takes all the weight
 LAPTOP = {"gradient_steps": 20_000, "learning_rate": 1e-3}  # defaults with --scale laptop
 
@@ -110,9 +110,10 @@ class Args:
     states: Literal["offline", "online"] = "offline"
     """states of data/<task>-<level>.npz, or of the teachers' episodes, data/<teacher>-online.npz"""
     data: tuple[str, ...] = ()
-    """dataset files with the states, one per task, instead of these"""
+    """dataset files, one per task, instead of those that --states names"""
     teachers: tuple[str, ...] = ()
-    """teacher checkpoints, one per task, instead of checkpoints/<task>-<level>-teacher.pt"""
+    """teacher checkpoints, one per task, instead of checkpoints/<task>-<level>-teacher.pt, with
+    --loss kl -teacher-gaussian.pt"""
 
     # algorithm
     loss: Literal["mse", "q", "kl"] = "mse"
@@ -564,7 +565,8 @@ def main():
         optimizer.zero_grad()
         total_loss.backward()
         optimizer.step()
-        return metrics | {"loss/total": total_loss.detach()}
+        metrics["loss/total"] = total_loss.detach()
+        return metrics
 
     if args.cuda_graph:
         update = capture(update)
@@ -632,14 +634,14 @@ def main():
         if evaluate:
             for name in rows:
                 write_csv(run_dir / f"{name}.csv", rows[name])
+            files = {
+                "data": tuple(map(os.path.abspath, data_paths)),
+                "teachers": tuple(map(os.path.abspath, teacher_paths)),
+                "teacher_data": tuple(map(os.path.abspath, teacher_data_paths)),
+            }
             resume_point = {
                 "kind": f"resume point of {Path(__file__).name}",
-                "args": vars(args)
-                | {
-                    "data": tuple(map(os.path.abspath, data_paths)),
-                    "teachers": tuple(map(os.path.abspath, teacher_paths)),
-                    "teacher_data": tuple(map(os.path.abspath, teacher_data_paths)),
-                },
+                "args": vars(replace(args, **files)),
                 "device": device,
                 "step": step,
                 "rows": rows,
@@ -818,7 +820,8 @@ def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> 
         check(np.isfinite(data[name]).all(), f"{path}: {name}: found NaN or infinite values")
     check(np.abs(data["actions"]).max() <= 1, f"{path}: expected actions in [-1, 1]")
     data["timeouts"][-1] = not data["terminals"][-1]  # though the recording is cut there
-    return data | {"metadata": metadata}
+    data["metadata"] = metadata
+    return data
 
 
 def read_pt(path, *kinds: str) -> dict:

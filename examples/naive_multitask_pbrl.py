@@ -65,7 +65,7 @@ DATASET = {  # arrays of a dataset and their types
     "timeouts": "bool",
     "physics": "float64",
 }
-EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; all other seeds are lower
+EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; others from lower ones
 LOG_STD = {"deterministic": None, "gaussian": (-5.0, 0.0), "gaussian-tanh": (-1.0, 1.0)}  # bounds
 LAPTOP = {  # defaults with --scale laptop
     "gradient_steps": 30_000,
@@ -516,13 +516,13 @@ def main():
         if evaluate:
             for name in rows:
                 write_csv(run_dir / f"{name}.csv", rows[name])
+            files = {
+                "data": tuple(map(os.path.abspath, paths)),
+                "output": os.path.abspath(output),
+            }
             resume_point = {
                 "kind": f"resume point of {Path(__file__).name}",
-                "args": vars(args)
-                | {
-                    "data": tuple(map(os.path.abspath, paths)),
-                    "output": os.path.abspath(output),
-                },
+                "args": vars(replace(args, **files)),
                 "device": device,
                 "step": step,
                 "rows": rows,
@@ -701,7 +701,8 @@ def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> 
         check(np.isfinite(data[name]).all(), f"{path}: {name}: found NaN or infinite values")
     check(np.abs(data["actions"]).max() <= 1, f"{path}: expected actions in [-1, 1]")
     data["timeouts"][-1] = not data["terminals"][-1]  # though the recording is cut there
-    return data | {"metadata": metadata}
+    data["metadata"] = metadata
+    return data
 
 
 def read_pt(path, *kinds: str) -> dict:

@@ -31,8 +31,9 @@ def returns(curves: list[str], checkpoints: list[str]) -> list[tuple]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         behavior = behavior or checkpoint["kind"] == "behavior"
         policy = checkpoint["kind"]
-        if len(checkpoint.get("data_tasks", ())) == 1:
-            policy = f"from {checkpoint['data_tasks'][0]}"
+        data_tasks = checkpoint.get("data_tasks", checkpoint["tasks"])
+        if len(data_tasks) == 1 and data_tasks != checkpoint["tasks"]:
+            policy = f"from {data_tasks[0]}"
         for task, values in checkpoint["returns"].items():
             for e, value in enumerate(values):
                 final.append((policy, task, "final", checkpoint["step"], e, f"{value:.2f}"))

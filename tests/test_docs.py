@@ -111,7 +111,8 @@ def repository(tmp_path, monkeypatch):
         np.savez(tmp_path / "pretrained" / path.name, **first_rows, metadata=metadata)
     for name, task in STAND_INS.items():
         write = write_dataset if name.endswith(".npz") else write_teacher
-        write(tmp_path / name, task)
+        levels = [level for level in ("expert", "medium-replay") if level in name]
+        write(tmp_path / name, task, level=levels[0] if levels else "medium")
 
     path = write_teacher(tmp_path / "runs/NAME/student.pt", kind="student")
     student = torch.load(path, weights_only=True)
