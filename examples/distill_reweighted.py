@@ -16,7 +16,7 @@ q-ratio is what the thesis proposes (5.3, 8.3) where the density ratio is not kn
 states of the teacher's episodes, which nobody has offline: it is the best that weights can do.
 
 Own: behavior_values, density_ratio, state_weights, draw, teacher_share, main, MIN_VALUE,
-Args.weights, Args.teacher_data, Args.weight_steps, Args.gamma
+MAX_RATIO, Args.weights, Args.teacher_data, Args.weight_steps, Args.gamma
 
 Source: van Lith 2024, sections 5.2.4, 5.3, 8.3.
 
@@ -79,6 +79,7 @@ DATASET = {  # arrays of a dataset and their types
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; others from lower ones
 TAU_STATES = 1000  # states per task and evaluation in which tau is taken
 MIN_VALUE = 0.1  # of the behaviour in q-ratio, so that no state takes all the weight
+MAX_RATIO = 100.0  # of density, where 1% of the data is the teacher's; more is overconfidence
 LAPTOP = {"gradient_steps": 20_000, "learning_rate": 1e-3}  # defaults with --scale laptop
 
 
@@ -393,7 +394,7 @@ def density_ratio(obs: torch.Tensor, teacher_obs: torch.Tensor, args) -> torch.T
     with torch.no_grad():
         for part in obs.split(65_536):
             logits.append(classifier((part - mean) / std)[:, 0])
-    return torch.cat(logits).exp()
+    return torch.cat(logits).exp().clamp(max=MAX_RATIO)
 
 
 def state_weights(data: dict, teacher: dict, teacher_obs, args, device) -> torch.Tensor:
