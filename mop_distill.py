@@ -66,15 +66,6 @@ VERSIONS = {
     "numpy": np.__version__,
     "mujoco": mujoco.__version__,
 }
-DATASET = {  # arrays of a dataset and their types
-    "observations": "float32",
-    "actions": "float32",
-    "rewards": "float32",
-    "next_observations": "float32",
-    "terminals": "bool",
-    "timeouts": "bool",
-    "physics": "float64",
-}
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; others from lower ones
 TAU_STATES = 1000  # states per task and evaluation in which tau is taken
 LAPTOP = {"gradient_steps": 20_000, "learning_rate": 1e-3}  # defaults with --scale laptop
@@ -105,8 +96,10 @@ class Args:
     # data
     level: tuple[Literal["medium", "expert", "medium-replay"], ...] = ("medium",)
     """level of the behaviour that made the data: one, or one per task"""
-    states: Literal["offline", "online"] = "offline"
-    """states of data/<task>-<level>.npz, or of the teachers' episodes, data/<teacher>-online.npz"""
+    states: Literal["offline", "shared", "online"] = "offline"
+    """states of data/<task>-<level>.npz; shared: of all tasks for each teacher, those of mop_ds.py,
+    checkpoints/<task>-<level>-ds-teacher.pt; online: of the teachers' episodes,
+    data/<teacher>-online.npz"""
     data: tuple[str, ...] = ()
     """dataset files, one per task, instead of those that --states names"""
     teachers: tuple[str, ...] = ()
@@ -333,6 +326,8 @@ def main():
     # files
     names = [f"{task}-{level}" for task, level in zip(args.tasks, levels, strict=True)]
     kind = "teacher-gaussian" if args.loss == "kl" else "teacher"
+    if args.states == "shared":
+        kind = "ds-teacher"
     teacher_paths = args.teachers or [find_file(f"checkpoints/{x}-{kind}.pt") for x in names]
     check(len(teacher_paths) == num_tasks, "--teachers: expected one file per task")
     if args.states == "online":
@@ -342,23 +337,25 @@ def main():
 
     # states, and what the frozen teachers say about them
     states = []
+    for i, task in enumerate(args.tasks):
+        states.append(load_observations(data_paths[i], task, levels[i], obs_dim).to(device))
+        print(f"task {i}: {task}, {len(states[i])} states of {data_paths[i]}")
+    if args.states == "shared":
+        states = [torch.cat(states)] * num_tasks
     labels = []
     critics = []
     log_std_bounds = []
     teacher_returns = []
     for i, task in enumerate(args.tasks):
-        data = load_dataset(data_paths[i], task, levels[i], obs_dim, action_dim)
         teacher = load_teacher(teacher_paths[i], task, obs_dim, action_dim)
         actor = load_actor(teacher).to(device)
-        states.append(torch.from_numpy(data["observations"]).to(device))
         with torch.no_grad():
             labels.append(torch.cat([actor(part) for part in states[i].split(65_536)]))
         if args.loss == "q":
             critics.append(load_critics(teacher).to(device))
         log_std_bounds.append(teacher["sizes"]["log_std"])  # None of a deterministic teacher
         teacher_returns.append(np.mean(teacher["returns"][task]))
-        print(f"task {i}: {task}, {len(states[i])} states of {data_paths[i]},")
-        print(f"  teacher {teacher_paths[i]}, return {teacher_returns[i]:.1f}")
+        print(f"teacher {i}: {teacher_paths[i]}, return {teacher_returns[i]:.1f}")
     if args.loss == "kl":
         alike = log_std_bounds.count(log_std_bounds[0]) == num_tasks
         check(alike and log_std_bounds[0], "--loss kl: expected Gaussian teachers of one kind")
@@ -590,7 +587,7 @@ def task_sizes(tasks) -> tuple[int, int]:
         (action_dim,) = env.action_spec().shape
         sizes[task] = (obs_dim, action_dim)
     alike = len(set(sizes.values())) == 1
-    check(alike, f"--tasks: expected the same sizes of observations and actions, found {sizes}")
+    check(alike, f"tasks: expected the same sizes of observations and actions, found {sizes}")
     return sizes[tasks[0]]
 
 
@@ -649,39 +646,25 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
     return {name: np.array(values) for name, values in episode.items()}
 
 
-def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> dict:
-    """The arrays of a dataset .npz and its metadata, as in docs/formats.md, all checked."""
+def load_observations(path, task: str, level: str, obs_dim: int) -> torch.Tensor:
+    """The states of a dataset .npz as in docs/formats.md, (N, obs), checked."""
     try:
         damaged = zipfile.ZipFile(path).testzip()  # np.load checks only what it reads
         with np.load(path, allow_pickle=False) as file:
-            data = {name: file[name] for name in DATASET}
+            obs = file["observations"]
             metadata = json.loads(str(file["metadata"]))
         found = (metadata["task"], metadata.get("level", level), metadata["schema_version"])
-        returns = metadata["episode_returns"]
     except Exception as error:
         check(False, f"{path}: expected a dataset as in docs/formats.md; found {error!r:.300}")
     check(damaged is None, f"{path}: damaged bytes in {damaged}")
     expected = (task, level, SCHEMA_VERSION)
     check(found == expected, f"{path}: expected (task, level, schema) {expected}, found {found}")
-    check(returns and np.isfinite(returns).all(), f"{path}: no finite episode_returns")
-    num_rows = len(data["rewards"])
-    row_shapes = {
-        "observations": (obs_dim,),
-        "actions": (action_dim,),
-        "next_observations": (obs_dim,),
-        "physics": data["physics"].shape[1:],
-    }
-    for name, dtype in DATASET.items():
-        array = data[name]
-        shape = (num_rows, *row_shapes.get(name, ()))
-        fits = array.shape == shape and array.dtype.kind == np.dtype(dtype).kind
-        check(fits, f"{path}: {name}: expected {dtype} {shape}, found {array.dtype} {array.shape}")
-        data[name] = np.ascontiguousarray(array, dtype)
-        check(np.isfinite(data[name]).all(), f"{path}: {name}: found NaN or infinite values")
-    check(np.abs(data["actions"]).max() <= 1, f"{path}: expected actions in [-1, 1]")
-    data["timeouts"][-1] = not data["terminals"][-1]  # though the recording is cut there
-    data["metadata"] = metadata
-    return data
+    fits = obs.ndim == 2 and obs.shape[1] == obs_dim and len(obs) > 0 and obs.dtype.kind == "f"
+    expected = f"expected floats (N, {obs_dim})"
+    check(fits, f"{path}: observations: {expected}, found {obs.dtype} {obs.shape}")
+    obs = np.ascontiguousarray(obs, np.float32)
+    check(np.isfinite(obs).all(), f"{path}: observations: found NaN or infinite values")
+    return torch.from_numpy(obs)
 
 
 def read_pt(path, *kinds: str) -> dict:

@@ -1,23 +1,23 @@
-"""Data sharing: MOP with every teacher trained on every task's data.
+"""Data sharing: PBRL teachers that learn one task from the data of several.
 
-  python mop_ds.py --level medium
+  python mop_ds.py --task walker-walk --level medium
 
 The reward functions are known, so each task's data serves the others, with rewards of its own:
 
   r_{j->i} = R_i(s, a, s'), dm_control's reward of the stored physics state of s'
 
-Teacher i learns with PBRL (mop_pbrl_teacher.py) from the union over j of the data D_{j->i}. The
-student is distilled on all states s of the union, every state fed to every teacher; its loss is a
-mean over tasks and states of
-
-  || pi_i^T(s) - pi^S(s, i) ||_2^2
+Teacher i learns with PBRL, all as in mop_pbrl_teacher.py, from the union over the sources j of the
+data D_{j->i}. Its student is distilled on the union of all states, every state fed to every
+teacher: mop_distill.py --states shared. Teachers of a single source j are those of the Q-switch
+(mop_oqs.py): --sources walker-stand.
 
 Source: van Lith 2024, section 6.4.2.
 
-In: data/<task>-<level>.npz of every task, else the bundled files in pretrained/.
+In: data/<source>-<level>.npz of every source, else the bundled files in pretrained/.
 
-Out: in the run's folder under runs/ <task>-<level>-ds-teacher.pt of every task, student.pt,
-returns.csv, losses.csv and TensorBoard logs; and the relabelled rewards beside each dataset.
+Out: checkpoints/<task>-<level>-ds-teacher.pt, of a single source
+checkpoints/<task>-from-<source>-<level>-teacher.pt; in the run's folder under runs/ returns.csv,
+losses.csv and TensorBoard logs; and the relabelled rewards beside each dataset.
 """
 
 import csv
@@ -72,11 +72,9 @@ DATASET = {  # arrays of a dataset and their types
 }
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; others from lower ones
 LAPTOP = {  # defaults with --scale laptop
-    "gradient_steps": 20_000,
-    "learning_rate": 1e-3,
-    "teacher_steps": 30_000,
-    "teacher_batch_size": 256,
-    "teacher_learning_rate": 3e-4,
+    "gradient_steps": 30_000,
+    "batch_size": 256,
+    "learning_rate": 3e-4,
     "num_ood": 1,
     "tau": 0.02,
     "actor_tau": 0.02,
@@ -91,8 +89,8 @@ LAPTOP = {  # defaults with --scale laptop
 @dataclass
 class Args:
     # experiment
-    tasks: tuple[str, ...] = ("walker-stand", "walker-walk")
-    """tasks of the dm_control suite, DOMAIN-TASK; the position is the task id"""
+    task: str = "walker-walk"
+    """task of the dm_control suite, DOMAIN-TASK"""
     seed: int = 1
     """seed of the weights, the batches and the noise"""
     common_seed: bool = False
@@ -113,34 +111,25 @@ class Args:
     """replace files of an earlier run"""
 
     # data
-    level: tuple[Literal["medium", "expert", "medium-replay"], ...] = ("medium",)
-    """level of the behaviour that made the data: one, or one per task"""
+    level: Literal["medium", "expert", "medium-replay"] = "medium"
+    """level of the behaviour that made the data"""
+    sources: tuple[str, ...] = ("walker-stand", "walker-walk")
+    """tasks whose data, relabelled, the teacher learns from"""
     data: tuple[str, ...] = ()
-    """dataset files, one per task, instead of data/<task>-<level>.npz"""
-    teachers: tuple[str, ...] = ()
-    """teacher checkpoints, one per task; default: they are trained here"""
+    """dataset files, one per source, instead of data/<source>-<level>.npz"""
+    output: str | None = None
+    """checkpoint to write; default: checkpoints/<task>-<level>-ds-teacher.pt, of a single source
+    checkpoints/<task>-from-<source>-<level>-teacher.pt"""
 
-    # student
-    gradient_steps: int = 500_000
-    """updates"""
+    # algorithm
+    gradient_steps: int = 1_000_000
+    """updates of the critics"""
     learning_rate: float = 1e-4
-    """learning rate of Adam"""
+    """learning rate of Adam, for actor and critics"""
     batch_size: int = 1024
-    """states per task and update"""
+    """transitions per update"""
     hidden: int = 256
     """width of both hidden layers"""
-    task_encoding: Literal["number", "onehot"] = "number"
-    """the student reads the task id as one number or as one flag per task"""
-
-    # teachers
-    teacher_steps: int = 1_000_000
-    """updates of each teacher's critics"""
-    teacher_learning_rate: float = 1e-4
-    """learning rate of Adam, for a teacher's actor and critics"""
-    teacher_batch_size: int = 1024
-    """transitions per update of a teacher"""
-    teacher_hidden: int = 256
-    """width of both hidden layers of a teacher"""
     gamma: float = 0.99
     """discount factor"""
     tau: float = 0.005
@@ -232,7 +221,7 @@ class Critics(nn.Module):
         return torch.stack(values)
 
 
-# --------------------------------------------------------------------------------------- losses
+# -------------------------------------------------------------------------------------- rewards
 def compute_rewards(task: str, physics: np.ndarray, actions: np.ndarray) -> np.ndarray:
     """R_i(s, a, s') from the physics states of s', (N, state), and actions (N, act) -> (N,).
 
@@ -264,6 +253,7 @@ def compute_rewards(task: str, physics: np.ndarray, actions: np.ndarray) -> np.n
     return np.array([reward(row) for row in rows], np.float32)
 
 
+# --------------------------------------------------------------------------------------- losses
 def clipped_noise(like: torch.Tensor, std: float, bound: float) -> torch.Tensor:
     """N(0, std^2) noise within [-bound, bound], in the shape of `like`."""
     return (std * torch.randn_like(like)).clamp(-bound, bound)
@@ -356,64 +346,56 @@ def move_target(target: nn.Module, network: nn.Module, rate: float) -> None:
         old.lerp_(new, rate)
 
 
-def add_code(obs: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
-    """States with a task's code appended, (B, obs), (code,) -> (B, obs + code)."""
-    return torch.cat([obs, code.expand(len(obs), -1)], dim=1)
-
-
-def mse_loss(action: torch.Tensor, teacher_action: torch.Tensor) -> torch.Tensor:
-    """|| pi^T(s) - pi^S(s, i) ||^2, summed over action dimensions (5.1.3). (B, act) -> (B,)."""
-    return (teacher_action - action).square().sum(dim=1)
-
-
 # ------------------------------------------------------------------------------------- training
-@dataclass
-class Job:
-    """A teacher that the student learns from."""
+def main():
+    args, resume_point, device = parse_args()
+    check(args.num_critics > 1, "--num-critics: expected 2 or more, U is their std")
+    num_sources = len(args.sources)
+    check(len(set(args.sources)) == num_sources > 0, "--sources: expected distinct tasks")
+    domains = {task.partition("-")[0] for task in (args.task, *args.sources)}
+    check(len(domains) == 1, f"--sources: expected tasks of one domain, found {domains}")
+    obs_dim, action_dim = task_sizes([args.task, *args.sources])
 
-    task: str
-    data_tasks: list[str]
-    """tasks whose data, relabelled, it learns from"""
-    label: str
-    """its name in logs, after its task"""
-    level: str
-    """level of the data"""
-    path: Path
-    """its checkpoint"""
-    given: bool
-    """it exists already, so that it is read, not trained"""
+    # outputs
+    name = f"{args.task}-{args.level}-ds-teacher"
+    if num_sources == 1:
+        name = f"{args.task}-from-{args.sources[0]}-{args.level}-teacher"
+    output = Path(args.output or f"checkpoints/{name}.pt").expanduser()
+    check_output(output, args)
+    paths = args.data or [find_file(f"data/{task}-{args.level}.npz") for task in args.sources]
+    check(len(paths) == num_sources, "--data: expected one file per source")
 
-
-def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_point) -> None:
-    """PBRL as in mop_pbrl_teacher.py; at the end the teacher is in its checkpoint.
-
-    datasets, rewards, resume_point: as in main.
-    """
-    # the data that it learns from
-    transitions = {}
-    for key in ["observations", "actions", "next_observations", "terminals", "timeouts"]:
-        transitions[key] = torch.cat([datasets[source][key] for source in job.data_tasks])
-    transitions["rewards"] = torch.cat([rewards[source][job.task] for source in job.data_tasks])
+    # the union of the data, with the rewards of this task
+    names = ["observations", "actions", "rewards", "next_observations", "terminals", "timeouts"]
+    parts = {name: [] for name in names}
+    for source, path in zip(args.sources, paths, strict=True):
+        data = load_dataset(path, source, args.level, obs_dim, action_dim)
+        if source != args.task:
+            check_physics(path, data, source)
+            data["rewards"] = relabel(path, data, args.task)
+        for name in names:
+            parts[name].append(torch.from_numpy(data[name]))
+        mean = data["rewards"].mean()
+        print(f"{path}: {len(data['rewards'])} transitions, mean reward {mean:.3f} as {args.task}")
+    transitions = {name: torch.cat(parts[name]).to(device) for name in names}
     timeouts = transitions.pop("timeouts")
     transitions["cloning_weights"] = cloning_weights(
         transitions["rewards"], transitions["terminals"] | timeouts, args.bc_temperature
     )
-    obs_dim = transitions["observations"].shape[1]
-    action_dim = transitions["actions"].shape[1]
     num_transitions = len(transitions["rewards"])
-    name = f"{job.task} {job.label}"
+    run_dir = make_run_dir(args, output.stem)
 
     # networks
-    own_name = f" teacher {job.task} from {'+'.join(sorted(job.data_tasks))}"
+    own_name = f" teacher {args.task} from {'+'.join(sorted(args.sources))}"
     if args.common_seed:
         own_name = ""
     torch.manual_seed(zlib.crc32(f"{args.seed}{own_name}".encode()))
-    actor = Actor(obs_dim, action_dim, args.teacher_hidden).to(device)
-    critics = Critics(args.num_critics, obs_dim, action_dim, args.teacher_hidden).to(device)
+    actor = Actor(obs_dim, action_dim, args.hidden).to(device)
+    critics = Critics(args.num_critics, obs_dim, action_dim, args.hidden).to(device)
     target_actor = deepcopy(actor)
     target_critics = deepcopy(critics)
     # a tensor, since a CUDA graph reads tensors only
-    learning_rate = torch.tensor(args.teacher_learning_rate, device=device)
+    learning_rate = torch.tensor(args.learning_rate, device=device)
     adam = partial(Adam, lr=learning_rate, fused=True, capturable=args.cuda_graph)
     actor_optimizer = adam(actor.parameters())
     critic_optimizer = adam(critics.parameters())
@@ -427,16 +409,26 @@ def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_
         "actor_optimizer": actor_optimizer,
         "critic_optimizer": critic_optimizer,
     }
-    start = resume_point["step"]
-    rows = resume_point["rows"]
-    if start > 0:
-        check(start <= args.teacher_steps, f"--teacher-steps: {name} has made {start}")
-        restore(resume_point, trained)
+    start = 0
+    rows = {  # of the CSV files
+        "returns": [["step", "task", "episode", "return"]],
+        "losses": [["step", "metric", "value"]],
+    }
+    if resume_point:
+        start = resume_point["step"]
+        check(start < args.gradient_steps, "--resume: this run has made all its --gradient-steps")
+        rows = resume_point["rows"]
+        for name, part in trained.items():
+            part.load_state_dict(resume_point[name])
         for optimizer in (actor_optimizer, critic_optimizer):
             optimizer.param_groups[0].update(lr=learning_rate, capturable=args.cuda_graph)
+        torch.set_rng_state(resume_point["random_states"][0])
+        torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
+
+    writer = SummaryWriter(run_dir, purge_step=start + 1)
 
     def update_critics(index, beta_ood):
-        batch = {key: values[index] for key, values in transitions.items()}
+        batch = {name: values[index] for name, values in transitions.items()}
         loss, metrics = pbrl_critic_loss(
             critics, target_critics, actor, target_actor, batch, beta_ood, args
         )
@@ -462,245 +454,79 @@ def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_
         update_critics = capture(update_critics)
         update_actor = capture(update_actor)
         update_targets = capture(update_targets)
-    progress = tqdm(range(start + 1, args.teacher_steps + 1), desc=name, disable=None)
+    progress = tqdm(range(start + 1, args.gradient_steps + 1), desc=output.stem, disable=None)
     for step in progress:
-        share_left = 1 - (step - 1) / args.teacher_steps
+        share_left = 1 - (step - 1) / args.gradient_steps
         if share_left < args.anneal:
-            learning_rate.fill_(args.teacher_learning_rate * share_left / args.anneal)
+            learning_rate.fill_(args.learning_rate * share_left / args.anneal)
         beta_ood = max(args.beta_ood * args.beta_ood_decay**step, args.beta_ood_min)
         beta_ood = torch.full((), beta_ood, device=device)  # a CUDA graph reads tensors only
-        index = torch.randint(num_transitions, (args.teacher_batch_size,), device=device)
+        index = torch.randint(num_transitions, (args.batch_size,), device=device)
         metrics = update_critics(index, beta_ood)
         if step % args.policy_frequency == 0:
             update_actor(index)
         update_targets()
-        last = step == args.teacher_steps
+        last = step == args.gradient_steps
         evaluate = last or step % args.eval_every == 0
 
         # log
         if evaluate or step % 1000 == 0:
             metrics["beta_ood"] = beta_ood
-            named_metrics = {f"{name}/{metric}": value for metric, value in metrics.items()}
-            log(writer, rows["losses"], step, named_metrics)
+            log(writer, rows["losses"], step, metrics)
 
         # evaluate, save
         if evaluate:
             num_episodes = args.final_eval_episodes if last else args.eval_episodes
             seeds = range(EVAL_SEED, EVAL_SEED + num_episodes)
-            episodes = run_episodes(actor, job.task, seeds, args.threads)
-            returns = log_returns(writer, rows["returns"], step, name, episodes)
+            episodes = run_episodes(actor, args.task, seeds, args.threads)
+            returns = log_returns(writer, rows["returns"], step, args.task, episodes)
             report = f"return {np.mean(returns):.1f} +- {np.std(returns):.1f}"
-            progress.write(f"{name}, step {step}: {report}")
+            progress.write(f"step {step}: {report}")
             progress.set_postfix_str(report)
         if last:
             checkpoint = {
                 "schema_version": SCHEMA_VERSION,
                 "kind": "teacher",
-                "tasks": [job.task],
-                "data_tasks": job.data_tasks,
-                "level": job.level,
+                "tasks": [args.task],
+                "data_tasks": list(args.sources),
+                "level": args.level,
                 "args": vars(args),
                 "step": step,
                 "sizes": {
                     "in_dim": obs_dim,
                     "obs_dim": obs_dim,
                     "action_dim": action_dim,
-                    "hidden": args.teacher_hidden,
+                    "hidden": args.hidden,
                     "num_critics": args.num_critics,
                     "log_std": None,
                     "layer_norm": False,
                 },
-                "returns": {job.task: returns},
+                "returns": {args.task: returns},
                 "actor": actor.state_dict(),
                 "critics": critics.state_dict(),
                 "versions": VERSIONS,
             }
-            save(job.path, checkpoint)
+            save(output, checkpoint)
         if evaluate:
-            save_resume_point(run_dir, resume_point, step, trained)
-
-
-def main():
-    args, resume_point, device = parse_args()
-    num_tasks = len(args.tasks)
-    domains = {task.partition("-")[0] for task in args.tasks}
-    check(len(set(args.tasks)) == num_tasks > 1, "--tasks: expected two or more distinct tasks")
-    check(len(domains) == 1, f"--tasks: expected one domain, found {domains}")
-    check(args.num_critics > 1, "--num-critics: expected 2 or more, U is their std")
-    check(len(args.level) in (1, num_tasks), "--level: expected one level, or one per task")
-    levels = args.level if len(args.level) == num_tasks else args.level * num_tasks
-    obs_dim, action_dim = task_sizes(args.tasks)
-    if resume_point is None:
-        resume_point = {
-            "kind": f"resume point of {Path(__file__).name}",
-            "device": device,
-            "finished_teachers": 0,  # of the jobs below; their checkpoints are written
-            "step": 0,  # of the teacher in training or, once all are finished, of the student
-            "rows": {  # of the CSV files
-                "returns": [["step", "task", "episode", "return"]],
-                "losses": [["step", "metric", "value"]],
-            },
-        }
-
-    # files
-    names = [f"{task}-{level}" for task, level in zip(args.tasks, levels, strict=True)]
-    data_paths = args.data or [find_file(f"data/{x}.npz") for x in names]
-    check(len(data_paths) == num_tasks, "--data: expected one file per task")
-    given_paths = args.teachers or [None] * num_tasks
-    check(len(given_paths) == num_tasks, "--teachers: expected one file per task")
-    run_dir = make_run_dir(args, f"{args.hidden}-{levels[0]}")
-    jobs = []
-    for i, path in enumerate(given_paths):
-        job = Job(
-            task=args.tasks[i],
-            data_tasks=list(args.tasks),
-            label="teacher",
-            level=levels[i],
-            path=Path(path or run_dir / f"{names[i]}-ds-teacher.pt"),
-            given=path is not None,
-        )
-        if job.given:  # a file that does not fit is found now, not after hours of training
-            teacher = load_teacher(job.path, job.task, obs_dim, action_dim)
-            found = teacher.get("data_tasks", job.data_tasks)
-            check(found == job.data_tasks, f"{job.path}: learned from the data of {found}")
-            check(not teacher["sizes"]["log_std"], f"{job.path}: found a Gaussian teacher")
-        jobs.append(job)
-    files = {
-        "data": tuple(map(os.path.abspath, data_paths)),
-        "teachers": tuple(map(os.path.abspath, args.teachers)),
-    }
-    resume_point["args"] = vars(replace(args, **files))
-
-    # data, with the rewards of every task
-    datasets = {}  # task -> name -> tensor
-    rewards = {}  # task j whose data it is -> task i -> r_{j->i}, (N,)
-    for j, task in enumerate(args.tasks):
-        data = load_dataset(data_paths[j], task, levels[j], obs_dim, action_dim)
-        check_physics(data_paths[j], data, task)
-        datasets[task] = {}
-        for name in ["observations", "actions", "next_observations", "terminals", "timeouts"]:
-            datasets[task][name] = torch.from_numpy(data[name]).to(device)
-        rewards[task] = {}
-        report = f"task {j}: {task}, {len(data['rewards'])} transitions, mean reward"
-        for other_task in args.tasks:
-            values = data["rewards"]
-            if other_task != task:
-                values = relabel(data_paths[j], data, other_task)
-            rewards[task][other_task] = torch.from_numpy(values).to(device)
-            report += f" {values.mean():.3f} as {other_task}"
-        print(report)
-
-    # teachers
-    writer = SummaryWriter(run_dir)
-    for job in jobs[resume_point["finished_teachers"] :]:
-        if not job.given:
-            train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_point)
-        resume_point["finished_teachers"] += 1
-        resume_point["step"] = 0
-    actors = []
-    teacher_returns = {task: [] for task in args.tasks}
-    for job in jobs:
-        teacher = load_teacher(job.path, job.task, obs_dim, action_dim)
-        actors.append(load_actor(teacher).to(device))
-        mean = np.mean(teacher["returns"][job.task])
-        teacher_returns[job.task].append(f"{job.label} {mean:.1f}")
-        print(f"{job.task} {job.label}: {job.path}, return {mean:.1f}")
-
-    # what the frozen teachers say about all states
-    states = torch.cat([datasets[task]["observations"] for task in args.tasks])
-    labels = []
-    for actor in actors:
-        with torch.no_grad():
-            labels.append(torch.cat([actor(part) for part in states.split(65_536)]))
-
-    # student
-    torch.manual_seed(zlib.crc32(f"{args.seed} student".encode()))
-    if args.task_encoding == "onehot":
-        codes = torch.eye(num_tasks, device=device)  # (task, code)
-    else:
-        codes = torch.arange(num_tasks, device=device).float()[:, None]
-    in_dim = obs_dim + codes.shape[1]
-    student = Actor(in_dim, action_dim, args.hidden).to(device)
-    optimizer = Adam(
-        student.parameters(), lr=args.learning_rate, fused=True, capturable=args.cuda_graph
-    )
-
-    # resume
-    trained = {"student": student, "optimizer": optimizer}
-    start = resume_point["step"]
-    rows = resume_point["rows"]
-    if start > 0:
-        restore(resume_point, trained)
-        optimizer.param_groups[0].update(lr=args.learning_rate, capturable=args.cuda_graph)
-
-    def update() -> dict:
-        """One gradient step on a batch of every task -> metrics."""
-        metrics = {}
-        total_loss = 0
-        for i, task in enumerate(args.tasks):
-            index = torch.randint(len(states), (args.batch_size,), device=device)
-            x = add_code(states[index], codes[i])
-            loss = mse_loss(student(x), labels[i][index]).mean()
-            metrics[f"loss/mse/{task}"] = loss.detach()
-            total_loss = total_loss + loss / num_tasks
-        optimizer.zero_grad()
-        total_loss.backward()
-        optimizer.step()
-        metrics["loss/total"] = total_loss.detach()
-        return metrics
-
-    if args.cuda_graph:
-        update = capture(update)
-    progress = tqdm(range(start + 1, args.gradient_steps + 1), desc="student", disable=None)
-    for step in progress:
-        metrics = update()
-        last = step == args.gradient_steps
-        evaluate = last or step % args.eval_every == 0
-
-        # log
-        if evaluate or step % 1000 == 0:
-            log(writer, rows["losses"], step, metrics)
-
-        # evaluate, save
-        if evaluate:
-            num_episodes = args.final_eval_episodes if last else args.eval_episodes
-            returns = {}
-            report = f"step {step}:"
-            for i, task in enumerate(args.tasks):
-                seeds = range(EVAL_SEED, EVAL_SEED + num_episodes)
-                code = codes[i].tolist()
-                episodes = run_episodes(student, task, seeds, args.threads, code=code)
-                returns[task] = log_returns(writer, rows["returns"], step, task, episodes)
-                report += f" {task} {np.mean(returns[task]):.1f} +- {np.std(returns[task]):.1f}"
-                report += f" ({', '.join(teacher_returns[task])})"
-            progress.write(report)
-            progress.set_postfix({task: f"{np.mean(returns[task]):.0f}" for task in args.tasks})
-        if last:
-            checkpoint = {
-                "schema_version": SCHEMA_VERSION,
-                "kind": "student",
-                "tasks": list(args.tasks),
-                "level": list(levels),
-                "args": vars(args),
-                "step": step,
-                "sizes": {
-                    "in_dim": in_dim,
-                    "obs_dim": obs_dim,
-                    "action_dim": action_dim,
-                    "hidden": args.hidden,
-                    "log_std": None,
-                    "layer_norm": False,
-                    "task_encoding": args.task_encoding,
-                },
-                "returns": returns,
-                "actor": student.state_dict(),
-                "versions": VERSIONS,
+            for name in rows:
+                write_csv(run_dir / f"{name}.csv", rows[name])
+            files = {
+                "data": tuple(map(os.path.abspath, paths)),
+                "output": os.path.abspath(output),
             }
-            save(run_dir / "student.pt", checkpoint)
-        if evaluate:
-            save_resume_point(run_dir, resume_point, step, trained)
+            resume_point = {
+                "kind": f"resume point of {Path(__file__).name}",
+                "args": vars(replace(args, **files)),
+                "device": device,
+                "step": step,
+                "rows": rows,
+                "random_states": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+            }
+            for name, part in trained.items():
+                resume_point[name] = part.state_dict()
+            save(run_dir / "resume.pt", resume_point)
     writer.close()
-    print(f"wrote student.pt, the teachers, returns.csv and losses.csv in {run_dir}")
+    print(f"wrote {output}, and returns.csv and losses.csv in {run_dir}")
 
 
 # =============================== the method ends here; below: command line, episodes, files, CUDA
@@ -779,7 +605,7 @@ def task_sizes(tasks) -> tuple[int, int]:
         (action_dim,) = env.action_spec().shape
         sizes[task] = (obs_dim, action_dim)
     alike = len(set(sizes.values())) == 1
-    check(alike, f"--tasks: expected the same sizes of observations and actions, found {sizes}")
+    check(alike, f"tasks: expected the same sizes of observations and actions, found {sizes}")
     return sizes[tasks[0]]
 
 
@@ -926,24 +752,6 @@ def read_pt(path, *kinds: str) -> dict:
     return content
 
 
-def load_teacher(path, task: str, obs_dim: int, action_dim: int) -> dict:
-    """A teacher's checkpoint, as in docs/formats.md, of the task and its sizes."""
-    teacher = read_pt(path, "teacher")
-    found = (teacher["tasks"], teacher["sizes"]["in_dim"], teacher["sizes"]["action_dim"])
-    expected = ([task], obs_dim, action_dim)
-    check(found == expected, f"{path}: expected (task, obs, actions) {expected}, found {found}")
-    return teacher
-
-
-def load_actor(checkpoint: dict) -> Actor:
-    """The frozen policy of a checkpoint."""
-    sizes = checkpoint["sizes"]
-    out_dim = sizes["action_dim"] * (2 if sizes["log_std"] else 1)
-    actor = Actor(sizes["in_dim"], out_dim, sizes["hidden"])
-    actor.load_state_dict(checkpoint["actor"])
-    return actor.requires_grad_(False)
-
-
 def log(writer: SummaryWriter, rows: list, step: int, metrics: dict) -> None:
     """Metrics to TensorBoard and to the rows of losses.csv; stop at one that is not finite."""
     for name, value in metrics.items():
@@ -979,24 +787,6 @@ def save(path: Path, content: dict) -> None:
     os.replace(temporary, path)
 
 
-def save_resume_point(run_dir: Path, resume_point: dict, step: int, trained: dict) -> None:
-    """Write the CSV files and resume.pt: networks, optimisers and random states at this step."""
-    for name, rows in resume_point["rows"].items():
-        write_csv(run_dir / f"{name}.csv", rows)
-    resume_point["step"] = step
-    resume_point["trained"] = {name: part.state_dict() for name, part in trained.items()}
-    resume_point["random_states"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-    save(run_dir / "resume.pt", resume_point)
-
-
-def restore(resume_point: dict, trained: dict) -> None:
-    """Networks, optimisers and random states as they were at the resume point."""
-    for name, part in trained.items():
-        part.load_state_dict(resume_point["trained"][name])
-    torch.set_rng_state(resume_point["random_states"][0])
-    torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
-
-
 def check_finite(name, content) -> None:
     """Stop at the first tensor of a nested dict that holds NaN or infinite values."""
     if isinstance(content, dict):
@@ -1004,6 +794,12 @@ def check_finite(name, content) -> None:
             check_finite(f"{name}: {key}", part)
     if isinstance(content, torch.Tensor):
         check(content.isfinite().all(), f"{name}: NaN or infinite values")
+
+
+def check_output(path: Path, args) -> None:
+    """Stop before training where a file would be replaced."""
+    free = args.overwrite or args.resume or not path.exists()
+    check(free, f"{path}: exists; pass --overwrite to replace it")
 
 
 def check(condition, message: str) -> None:

@@ -2,24 +2,19 @@
 
   python mop_oqs.py --level medium
 
-The reward functions are known, so each task's data serves the others, with rewards of its own:
-
-  r_{j->i} = R_i(s, a, s'), dm_control's reward of the stored physics state of s'
-
-Teacher ij learns with PBRL (mop_pbrl_teacher.py) from the data D_{j->i} alone; the ii are MOP's
-teachers. The student is distilled on all states s of the union, where task i is taught by the
-teacher that values its own action most; its loss is a mean over tasks and states of
+Teacher ij learned task i from the data of task j alone, with the rewards of task i (mop_ds.py
+--task i --sources j); the ii are MOP's teachers (mop_pbrl_teacher.py). The student is distilled on
+all states s of the union, where task i is taught by the teacher that values its own action most;
+its loss is a mean over tasks and states of
 
   || pi_ij^T(s) - pi^S(s, i) ||_2^2, j = argmax_j min_k Q_{ij,k}(s, pi_ij^T(s))
 
 Source: van Lith 2024, section 6.4.3.
 
-In: data/<task>-<level>.npz and checkpoints/<task>-<level>-teacher.pt of every task, else the
-bundled files in pretrained/.
+In: of every task data/<task>-<level>.npz and checkpoints/<task>-<level>-teacher.pt, else the
+bundled files in pretrained/; of all pairs checkpoints/<task i>-from-<task j>-<level>-teacher.pt.
 
-Out: in the run's folder under runs/ <task i>-from-<task j>-<level of j>-teacher.pt of the teachers
-trained here, student.pt, returns.csv, losses.csv and TensorBoard logs; and the relabelled rewards
-beside each dataset.
+Out: in the run's folder under runs/ student.pt, returns.csv, losses.csv and TensorBoard logs.
 """
 
 import csv
@@ -32,7 +27,6 @@ import sys
 import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -64,31 +58,8 @@ VERSIONS = {
     "numpy": np.__version__,
     "mujoco": mujoco.__version__,
 }
-DATASET = {  # arrays of a dataset and their types
-    "observations": "float32",
-    "actions": "float32",
-    "rewards": "float32",
-    "next_observations": "float32",
-    "terminals": "bool",
-    "timeouts": "bool",
-    "physics": "float64",
-}
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; others from lower ones
-LAPTOP = {  # defaults with --scale laptop
-    "gradient_steps": 20_000,
-    "learning_rate": 1e-3,
-    "teacher_steps": 30_000,
-    "teacher_batch_size": 256,
-    "teacher_learning_rate": 3e-4,
-    "num_ood": 1,
-    "tau": 0.02,
-    "actor_tau": 0.02,
-    "policy_noise": 0.05,
-    "beta_ood_decay": 0.9997,
-    "anneal": 0.5,
-    "bc_coef": 1.0,
-    "matmul_precision": "medium",
-}
+LAPTOP = {"gradient_steps": 20_000, "learning_rate": 1e-3}  # defaults with --scale laptop
 
 
 @dataclass
@@ -98,8 +69,6 @@ class Args:
     """tasks of the dm_control suite, DOMAIN-TASK; the position is the task id"""
     seed: int = 1
     """seed of the weights, the batches and the noise"""
-    common_seed: bool = False
-    """the same weights, batches and noise for every task; else each task has its own"""
     scale: Literal["thesis", "laptop"] = "thesis"
     """the defaults of the other flags: the thesis's, or those for one CPU core (LAPTOP)"""
     run_dir: str | None = None
@@ -121,10 +90,11 @@ class Args:
     data: tuple[str, ...] = ()
     """dataset files, one per task, instead of data/<task>-<level>.npz"""
     teachers: tuple[str, ...] = ()
-    """teacher checkpoints, of task i from the data of task j: 00 11 .., the others are then trained
-    here; or all, 00 01 .. 10 11 ..; default: MOP's teachers as 00 11 .."""
+    """teacher checkpoints of all pairs of tasks, the task they act in slowest"""
 
-    # student
+    # algorithm
+    task_encoding: Literal["number", "onehot"] = "number"
+    """the student reads the task id as one number or as one flag per task"""
     gradient_steps: int = 500_000
     """updates"""
     learning_rate: float = 1e-4
@@ -133,50 +103,6 @@ class Args:
     """states per task and update"""
     hidden: int = 256
     """width of both hidden layers"""
-    task_encoding: Literal["number", "onehot"] = "number"
-    """the student reads the task id as one number or as one flag per task"""
-
-    # teachers
-    teacher_steps: int = 1_000_000
-    """updates of each teacher's critics"""
-    teacher_learning_rate: float = 1e-4
-    """learning rate of Adam, for a teacher's actor and critics"""
-    teacher_batch_size: int = 1024
-    """transitions per update of a teacher"""
-    teacher_hidden: int = 256
-    """width of both hidden layers of a teacher"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.005
-    """target smoothing rate of the critics (1: no targets, as in the thesis author's code)"""
-    actor_tau: float = 0.005
-    """target smoothing rate of the actor"""
-    policy_noise: float = 0.2
-    """std of the target policy's noise"""
-    noise_clip: float = 0.5
-    """bound of the target policy's noise and of the OOD noise"""
-    policy_frequency: int = 2
-    """critic updates per actor update"""
-    num_critics: int = 5
-    """critics in the ensemble, K"""
-    num_ood: int = 3
-    """OOD actions around pi(s), and as many around pi(s')"""
-    ood_noise: float = 0.01
-    """std of the OOD actions around the policy's"""
-    beta_in: float = 0.001
-    """uncertainty penalty in the in-distribution targets"""
-    beta_ood: float = 3.0
-    """uncertainty penalty in the OOD targets, at the start"""
-    beta_ood_min: float = 0.1
-    """lower bound of beta_ood"""
-    beta_ood_decay: float = 0.99995
-    """factor of beta_ood per step"""
-    anneal: float = 0.0
-    """share of a teacher's updates, the last, in which its learning rate falls linearly to 0"""
-    bc_coef: float = 0.0
-    """weight of behaviour cloning in the actor's loss, not in the thesis (docs/pretrained.md)"""
-    bc_temperature: float = 0.1
-    """the lower, the more of the cloning goes to the episodes of the highest return; inf: to all"""
 
     # system
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -237,129 +163,6 @@ class Critics(nn.Module):
 
 
 # --------------------------------------------------------------------------------------- losses
-def compute_rewards(task: str, physics: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """R_i(s, a, s') from the physics states of s', (N, state), and actions (N, act) -> (N,).
-
-    Stops at a task whose reward is no function of these, as where a reset draws a goal.
-    """
-    env = make_env(task)
-    low, high = env.physics.model.actuator_ctrlrange.T
-    controls = low + (high - low) * (actions.astype(np.float64) + 1) / 2
-
-    def reward(row):
-        env.physics.set_state(physics[row])
-        env.physics.set_control(controls[row])
-        env.physics.forward()
-        return env.task.get_reward(env.physics)
-
-    # another reset must change neither rewards nor where the model has its bodies and targets
-    sample = np.linspace(0, len(physics) - 1, 200).astype(int)
-    resets = []
-    model = env.physics.model
-    for seed in range(5):
-        env.task.random.seed(seed)
-        env.reset()
-        positions = [*model.body_pos.flat, *model.geom_pos.flat, *model.site_pos.flat]
-        resets.append([reward(row) for row in sample] + positions)
-    same = np.ptp(resets, axis=0).max() < 1e-6
-    cause = "its reward depends on what a reset draws, not on physics state and action alone"
-    check(same, f"task {task}: {cause}")
-    rows = tqdm(range(len(physics)), desc=f"rewards of {task}", leave=False, disable=None)
-    return np.array([reward(row) for row in rows], np.float32)
-
-
-def clipped_noise(like: torch.Tensor, std: float, bound: float) -> torch.Tensor:
-    """N(0, std^2) noise within [-bound, bound], in the shape of `like`."""
-    return (std * torch.randn_like(like)).clamp(-bound, bound)
-
-
-def uncertainty(q: torch.Tensor) -> torch.Tensor:
-    """U: sample std over the K critics, (K, B) -> (B,); torch.std is slow for so few."""
-    return ((q - q.mean(dim=0)).square().sum(dim=0) / (len(q) - 1)).sqrt()
-
-
-def pbrl_critic_loss(critics, target_critics, policy, target_policy, batch, beta_ood, args):
-    """PBRL's loss, summed over the K critics (arXiv 2202.11566, section 3; thesis 5.1.1).
-
-    mean (Q_k(s, a) - r - gamma (Q^-_k(s', a') - beta_in U^-(s', a')))^2 over the batch, plus
-    mean (Q_k(s, b) - max(Q_k(s, b) - beta_ood U(s, b), 0))^2 over OOD actions b in s and s'.
-    batch: tensors with the names and shapes of a dataset, (B, ..); a timeout is not terminal.
-    Returns the loss () and metrics, a dict of () tensors.
-    """
-    obs = batch["observations"]
-    next_obs = batch["next_observations"]
-    with torch.no_grad():
-        # target of the data
-        next_action = target_policy(next_obs)
-        target_noise = clipped_noise(next_action, args.policy_noise, args.noise_clip)
-        next_action = (next_action + target_noise).clamp(-1, 1)
-        next_q = target_critics(next_obs, next_action)  # (K, B)
-        next_value = next_q - args.beta_in * uncertainty(next_q)
-        target = batch["rewards"] + args.gamma * ~batch["terminals"] * next_value
-
-        # OOD actions around pi(s) and pi(s')
-        both_obs = torch.cat([obs, next_obs])  # (2B, obs)
-        ood_action = policy(both_obs).repeat(args.num_ood, 1)  # (num_ood * 2B, act)
-        ood_noise = clipped_noise(ood_action, args.ood_noise, args.noise_clip)
-        ood_action = (ood_action + ood_noise).clamp(-1, 1)
-        ood_obs = both_obs.repeat(args.num_ood, 1)
-
-    # one pass over data and OOD rows, which is faster than two
-    all_action = torch.cat([batch["actions"], ood_action])
-    all_q = critics(torch.cat([obs, ood_obs]), all_action)  # (K, B + num_ood * 2B)
-    q = all_q[:, : len(obs)]
-    ood_q = all_q[:, len(obs) :]
-    ood_u = uncertainty(ood_q.detach())
-    ood_target = (ood_q.detach() - beta_ood * ood_u).clamp(min=0)
-    in_loss = (q - target).square().mean(dim=1).sum()
-    ood_loss = (ood_q - ood_target).square().mean(dim=1).sum()
-    metrics = {
-        "loss/in_distribution": in_loss.detach(),
-        "loss/ood": ood_loss.detach(),
-        "value/q_data": q.detach().mean(),
-        "value/q_ood": ood_q.detach().mean(),
-        "uncertainty/data": uncertainty(q.detach()).mean(),
-        "uncertainty/ood": ood_u.mean(),
-    }
-    return in_loss + ood_loss, metrics
-
-
-def cloning_weights(rewards: torch.Tensor, ends: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Weights of the transitions in behaviour cloning, by the return R of their episode. (N,).
-
-    w ~ exp((R - R_max) / (temperature max |R|)), of mean 1; ends: the last transitions of the
-    episodes, (N,). After Hong et al. 2023 (arXiv 2306.13085), who draw transitions so and divide
-    by R_max - R_min, which on one policy's data leaves out the episodes with the hardest starts.
-    """
-    episode = ends.cumsum(dim=0) - ends.long()  # number of the episode of each transition
-    returns = torch.bincount(episode, rewards.double())
-    scale = temperature * returns.abs().max().clamp(min=1e-8)
-    weights = ((returns - returns.max()) / scale).exp()[episode]
-    return (weights / weights.mean()).float()
-
-
-def pbrl_actor_loss(policy, critics, obs, action, weight, bc_coef: float) -> torch.Tensor:
-    """- mean over the batch of min_k Q_k(s, pi(s)). (B, obs), (B, act), (B,) -> ().
-
-    With bc_coef > 0 (not in the thesis), the objective of TD3+BC (Fujimoto & Gu 2021, arXiv
-    2106.06860) with weights w of `cloning_weights`:
-    - mean min_k Q_k / mean |min_k Q_k| + bc_coef * mean w || pi(s) - a ||^2.
-    """
-    policy_action = policy(obs)
-    q = critics(obs, policy_action).min(dim=0).values  # (B,)
-    if bc_coef == 0:
-        return -q.mean()
-    cloning_loss = (weight * (policy_action - action).square().sum(dim=1)).mean()
-    return -q.mean() / q.abs().mean().detach() + bc_coef * cloning_loss
-
-
-@torch.no_grad()
-def move_target(target: nn.Module, network: nn.Module, rate: float) -> None:
-    """Polyak averaging: target <- (1 - rate) * target + rate * network."""
-    for old, new in zip(target.parameters(), network.parameters(), strict=True):
-        old.lerp_(new, rate)
-
-
 def add_code(obs: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
     """States with a task's code appended, (B, obs), (code,) -> (B, obs + code)."""
     return torch.cat([obs, code.expand(len(obs), -1)], dim=1)
@@ -394,260 +197,52 @@ def q_switch(teachers, obs: torch.Tensor, rows: int = 65_536) -> tuple[torch.Ten
 
 
 # ------------------------------------------------------------------------------------- training
-@dataclass
-class Job:
-    """A teacher that the student learns from."""
-
-    task: str
-    data_tasks: list[str]
-    """tasks whose data, relabelled, it learns from"""
-    label: str
-    """its name in logs, after its task"""
-    level: str
-    """level of the data"""
-    path: Path
-    """its checkpoint"""
-    given: bool
-    """it exists already, so that it is read, not trained"""
-
-
-def train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_point) -> None:
-    """PBRL as in mop_pbrl_teacher.py; at the end the teacher is in its checkpoint.
-
-    datasets, rewards, resume_point: as in main.
-    """
-    # the data that it learns from
-    transitions = {}
-    for key in ["observations", "actions", "next_observations", "terminals", "timeouts"]:
-        transitions[key] = torch.cat([datasets[source][key] for source in job.data_tasks])
-    transitions["rewards"] = torch.cat([rewards[source][job.task] for source in job.data_tasks])
-    timeouts = transitions.pop("timeouts")
-    transitions["cloning_weights"] = cloning_weights(
-        transitions["rewards"], transitions["terminals"] | timeouts, args.bc_temperature
-    )
-    obs_dim = transitions["observations"].shape[1]
-    action_dim = transitions["actions"].shape[1]
-    num_transitions = len(transitions["rewards"])
-    name = f"{job.task} {job.label}"
-
-    # networks
-    own_name = f" teacher {job.task} from {'+'.join(sorted(job.data_tasks))}"
-    if args.common_seed:
-        own_name = ""
-    torch.manual_seed(zlib.crc32(f"{args.seed}{own_name}".encode()))
-    actor = Actor(obs_dim, action_dim, args.teacher_hidden).to(device)
-    critics = Critics(args.num_critics, obs_dim, action_dim, args.teacher_hidden).to(device)
-    target_actor = deepcopy(actor)
-    target_critics = deepcopy(critics)
-    # a tensor, since a CUDA graph reads tensors only
-    learning_rate = torch.tensor(args.teacher_learning_rate, device=device)
-    adam = partial(Adam, lr=learning_rate, fused=True, capturable=args.cuda_graph)
-    actor_optimizer = adam(actor.parameters())
-    critic_optimizer = adam(critics.parameters())
-
-    # resume
-    trained = {  # what a resume point holds
-        "actor": actor,
-        "critics": critics,
-        "target_actor": target_actor,
-        "target_critics": target_critics,
-        "actor_optimizer": actor_optimizer,
-        "critic_optimizer": critic_optimizer,
-    }
-    start = resume_point["step"]
-    rows = resume_point["rows"]
-    if start > 0:
-        check(start <= args.teacher_steps, f"--teacher-steps: {name} has made {start}")
-        restore(resume_point, trained)
-        for optimizer in (actor_optimizer, critic_optimizer):
-            optimizer.param_groups[0].update(lr=learning_rate, capturable=args.cuda_graph)
-
-    def update_critics(index, beta_ood):
-        batch = {key: values[index] for key, values in transitions.items()}
-        loss, metrics = pbrl_critic_loss(
-            critics, target_critics, actor, target_actor, batch, beta_ood, args
-        )
-        critic_optimizer.zero_grad()
-        loss.backward()
-        critic_optimizer.step()
-        return metrics
-
-    def update_actor(index):
-        obs = transitions["observations"][index]
-        action = transitions["actions"][index]
-        weight = transitions["cloning_weights"][index]
-        loss = pbrl_actor_loss(actor, critics, obs, action, weight, args.bc_coef)
-        actor_optimizer.zero_grad()
-        loss.backward(inputs=list(actor.parameters()))  # gradients for the actor only
-        actor_optimizer.step()
-
-    def update_targets():
-        move_target(target_critics, critics, args.tau)
-        move_target(target_actor, actor, args.actor_tau)
-
-    if args.cuda_graph:
-        update_critics = capture(update_critics)
-        update_actor = capture(update_actor)
-        update_targets = capture(update_targets)
-    progress = tqdm(range(start + 1, args.teacher_steps + 1), desc=name, disable=None)
-    for step in progress:
-        share_left = 1 - (step - 1) / args.teacher_steps
-        if share_left < args.anneal:
-            learning_rate.fill_(args.teacher_learning_rate * share_left / args.anneal)
-        beta_ood = max(args.beta_ood * args.beta_ood_decay**step, args.beta_ood_min)
-        beta_ood = torch.full((), beta_ood, device=device)  # a CUDA graph reads tensors only
-        index = torch.randint(num_transitions, (args.teacher_batch_size,), device=device)
-        metrics = update_critics(index, beta_ood)
-        if step % args.policy_frequency == 0:
-            update_actor(index)
-        update_targets()
-        last = step == args.teacher_steps
-        evaluate = last or step % args.eval_every == 0
-
-        # log
-        if evaluate or step % 1000 == 0:
-            metrics["beta_ood"] = beta_ood
-            named_metrics = {f"{name}/{metric}": value for metric, value in metrics.items()}
-            log(writer, rows["losses"], step, named_metrics)
-
-        # evaluate, save
-        if evaluate:
-            num_episodes = args.final_eval_episodes if last else args.eval_episodes
-            seeds = range(EVAL_SEED, EVAL_SEED + num_episodes)
-            episodes = run_episodes(actor, job.task, seeds, args.threads)
-            returns = log_returns(writer, rows["returns"], step, name, episodes)
-            report = f"return {np.mean(returns):.1f} +- {np.std(returns):.1f}"
-            progress.write(f"{name}, step {step}: {report}")
-            progress.set_postfix_str(report)
-        if last:
-            checkpoint = {
-                "schema_version": SCHEMA_VERSION,
-                "kind": "teacher",
-                "tasks": [job.task],
-                "data_tasks": job.data_tasks,
-                "level": job.level,
-                "args": vars(args),
-                "step": step,
-                "sizes": {
-                    "in_dim": obs_dim,
-                    "obs_dim": obs_dim,
-                    "action_dim": action_dim,
-                    "hidden": args.teacher_hidden,
-                    "num_critics": args.num_critics,
-                    "log_std": None,
-                    "layer_norm": False,
-                },
-                "returns": {job.task: returns},
-                "actor": actor.state_dict(),
-                "critics": critics.state_dict(),
-                "versions": VERSIONS,
-            }
-            save(job.path, checkpoint)
-        if evaluate:
-            save_resume_point(run_dir, resume_point, step, trained)
-
-
 def main():
     args, resume_point, device = parse_args()
     num_tasks = len(args.tasks)
-    domains = {task.partition("-")[0] for task in args.tasks}
     check(len(set(args.tasks)) == num_tasks > 1, "--tasks: expected two or more distinct tasks")
-    check(len(domains) == 1, f"--tasks: expected one domain, found {domains}")
-    check(args.num_critics > 1, "--num-critics: expected 2 or more, U is their std")
     check(len(args.level) in (1, num_tasks), "--level: expected one level, or one per task")
     levels = args.level if len(args.level) == num_tasks else args.level * num_tasks
     obs_dim, action_dim = task_sizes(args.tasks)
-    if resume_point is None:
-        resume_point = {
-            "kind": f"resume point of {Path(__file__).name}",
-            "device": device,
-            "finished_teachers": 0,  # of the jobs below; their checkpoints are written
-            "step": 0,  # of the teacher in training or, once all are finished, of the student
-            "rows": {  # of the CSV files
-                "returns": [["step", "task", "episode", "return"]],
-                "losses": [["step", "metric", "value"]],
-            },
-        }
 
     # files
     names = [f"{task}-{level}" for task, level in zip(args.tasks, levels, strict=True)]
     data_paths = args.data or [find_file(f"data/{x}.npz") for x in names]
     check(len(data_paths) == num_tasks, "--data: expected one file per task")
-    teacher_paths = args.teachers or [find_file(f"checkpoints/{x}-teacher.pt") for x in names]
-    fits = len(teacher_paths) in (num_tasks, num_tasks**2)
-    check(fits, f"--teachers: expected {num_tasks} or {num_tasks**2} files")
-    run_dir = make_run_dir(args, f"{args.hidden}-{levels[0]}")
-    jobs = []
-    for i, j in product(range(num_tasks), repeat=2):
-        path = None
-        if len(teacher_paths) == num_tasks**2:
-            path = teacher_paths[i * num_tasks + j]
-        elif i == j:
-            path = teacher_paths[i]
-        job = Job(
-            task=args.tasks[i],
-            data_tasks=[args.tasks[j]],
-            label=f"from {args.tasks[j]}",
-            level=levels[j],
-            path=Path(path or run_dir / f"{args.tasks[i]}-from-{names[j]}-teacher.pt"),
-            given=path is not None,
-        )
-        if job.given:  # a file that does not fit is found now, not after hours of training
-            teacher = load_teacher(job.path, job.task, obs_dim, action_dim)
-            found = teacher.get("data_tasks", job.data_tasks)
-            check(found == job.data_tasks, f"{job.path}: learned from the data of {found}")
-            check(not teacher["sizes"]["log_std"], f"{job.path}: found a Gaussian teacher")
-        jobs.append(job)
-    files = {
-        "data": tuple(map(os.path.abspath, data_paths)),
-        "teachers": tuple(map(os.path.abspath, teacher_paths)),
-    }
-    resume_point["args"] = vars(replace(args, **files))
+    teacher_paths = list(args.teachers)  # of all pairs of tasks
+    if not teacher_paths:
+        for task, source in product(args.tasks, range(num_tasks)):
+            name = f"{task}-from-{names[source]}-teacher"
+            if args.tasks[source] == task:
+                name = f"{names[source]}-teacher"
+            teacher_paths.append(find_file(f"checkpoints/{name}.pt"))
+    check(len(teacher_paths) == num_tasks**2, f"--teachers: expected {num_tasks**2} files")
 
-    # data, with the rewards of every task
-    datasets = {}  # task -> name -> tensor
-    rewards = {}  # task j whose data it is -> task i -> r_{j->i}, (N,)
-    for j, task in enumerate(args.tasks):
-        data = load_dataset(data_paths[j], task, levels[j], obs_dim, action_dim)
-        check_physics(data_paths[j], data, task)
-        datasets[task] = {}
-        for name in ["observations", "actions", "next_observations", "terminals", "timeouts"]:
-            datasets[task][name] = torch.from_numpy(data[name]).to(device)
-        rewards[task] = {}
-        report = f"task {j}: {task}, {len(data['rewards'])} transitions, mean reward"
-        for other_task in args.tasks:
-            values = data["rewards"]
-            if other_task != task:
-                values = relabel(data_paths[j], data, other_task)
-            rewards[task][other_task] = torch.from_numpy(values).to(device)
-            report += f" {values.mean():.3f} as {other_task}"
-        print(report)
-
-    # teachers
-    writer = SummaryWriter(run_dir)
-    for job in jobs[resume_point["finished_teachers"] :]:
-        if not job.given:
-            train_teacher(job, datasets, rewards, args, device, run_dir, writer, resume_point)
-        resume_point["finished_teachers"] += 1
-        resume_point["step"] = 0
-    teachers = {task: [] for task in args.tasks}
-    teacher_returns = {task: [] for task in args.tasks}
-    for job in jobs:
-        teacher = load_teacher(job.path, job.task, obs_dim, action_dim)
-        actor = load_actor(teacher).to(device)
-        critics = load_critics(teacher).to(device)
-        teachers[job.task].append((actor, critics))
-        mean = np.mean(teacher["returns"][job.task])
-        teacher_returns[job.task].append(f"{job.label} {mean:.1f}")
-        print(f"{job.task} {job.label}: {job.path}, return {mean:.1f}")
-
-    # what the frozen teachers say about all states
-    states = torch.cat([datasets[task]["observations"] for task in args.tasks])
+    # states, and what the frozen teachers say about them
+    parts = []
+    for i, task in enumerate(args.tasks):
+        parts.append(load_observations(data_paths[i], task, levels[i], obs_dim).to(device))
+        print(f"task {i}: {task}, {len(parts[i])} states of {data_paths[i]}")
+    states = torch.cat(parts)
+    num_states = [len(part) for part in parts]
     labels = []
-    num_states = [len(datasets[task]["observations"]) for task in args.tasks]
+    teacher_returns = []  # per task, in words
     switch = {}  # task -> source of the states -> teacher -> share of these states that it wins
-    for task in args.tasks:
-        actions, winners = q_switch(teachers[task], states)
+    for i, task in enumerate(args.tasks):
+        teachers = []
+        returns = []
+        for j, source in enumerate(args.tasks):
+            path = teacher_paths[i * num_tasks + j]
+            teacher = load_teacher(path, task, obs_dim, action_dim)
+            found = teacher.get("data_tasks", [source])
+            check(found == [source], f"{path}: expected a teacher from {source}, found {found}")
+            check(not teacher["sizes"]["log_std"], f"{path}: found a Gaussian teacher")
+            teachers.append((load_actor(teacher).to(device), load_critics(teacher).to(device)))
+            mean = np.mean(teacher["returns"][task])
+            returns.append(f"from {source} {mean:.1f}")
+            print(f"{task} from {source}: {path}, return {mean:.1f}")
+        teacher_returns.append(", ".join(returns))
+        actions, winners = q_switch(teachers, states)
         labels.append(actions)
         switch[task] = {}
         for source, part in zip(args.tasks, winners.split(num_states), strict=True):
@@ -670,13 +265,24 @@ def main():
         student.parameters(), lr=args.learning_rate, fused=True, capturable=args.cuda_graph
     )
 
-    # resume
-    trained = {"student": student, "optimizer": optimizer}
-    start = resume_point["step"]
-    rows = resume_point["rows"]
-    if start > 0:
-        restore(resume_point, trained)
+    # run folder, resume
+    run_dir = make_run_dir(args, f"{args.hidden}-{levels[0]}")
+    start = 0
+    rows = {  # of the CSV files
+        "returns": [["step", "task", "episode", "return"]],
+        "losses": [["step", "metric", "value"]],
+    }
+    if resume_point:
+        start = resume_point["step"]
+        check(start < args.gradient_steps, "--resume: this run has made all its --gradient-steps")
+        rows = resume_point["rows"]
+        student.load_state_dict(resume_point["student"])
+        optimizer.load_state_dict(resume_point["optimizer"])
         optimizer.param_groups[0].update(lr=args.learning_rate, capturable=args.cuda_graph)
+        torch.set_rng_state(resume_point["random_states"][0])
+        torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
+
+    writer = SummaryWriter(run_dir, purge_step=start + 1)
 
     def update() -> dict:
         """One gradient step on a batch of every task -> metrics."""
@@ -706,7 +312,7 @@ def main():
         if evaluate or step % 1000 == 0:
             log(writer, rows["losses"], step, metrics)
 
-        # evaluate, save
+        # evaluate
         if evaluate:
             num_episodes = args.final_eval_episodes if last else args.eval_episodes
             returns = {}
@@ -717,9 +323,11 @@ def main():
                 episodes = run_episodes(student, task, seeds, args.threads, code=code)
                 returns[task] = log_returns(writer, rows["returns"], step, task, episodes)
                 report += f" {task} {np.mean(returns[task]):.1f} +- {np.std(returns[task]):.1f}"
-                report += f" ({', '.join(teacher_returns[task])})"
+                report += f" ({teacher_returns[i]})"
             progress.write(report)
             progress.set_postfix({task: f"{np.mean(returns[task]):.0f}" for task in args.tasks})
+
+        # save
         if last:
             checkpoint = {
                 "schema_version": SCHEMA_VERSION,
@@ -744,9 +352,25 @@ def main():
             }
             save(run_dir / "student.pt", checkpoint)
         if evaluate:
-            save_resume_point(run_dir, resume_point, step, trained)
+            for name in rows:
+                write_csv(run_dir / f"{name}.csv", rows[name])
+            files = {
+                "data": tuple(map(os.path.abspath, data_paths)),
+                "teachers": tuple(map(os.path.abspath, teacher_paths)),
+            }
+            resume_point = {
+                "kind": f"resume point of {Path(__file__).name}",
+                "args": vars(replace(args, **files)),
+                "device": device,
+                "step": step,
+                "rows": rows,
+                "student": student.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "random_states": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+            }
+            save(run_dir / "resume.pt", resume_point)
     writer.close()
-    print(f"wrote student.pt, the new teachers, returns.csv and losses.csv in {run_dir}")
+    print(f"wrote student.pt, returns.csv and losses.csv in {run_dir}")
 
 
 # =============================== the method ends here; below: command line, episodes, files, CUDA
@@ -825,7 +449,7 @@ def task_sizes(tasks) -> tuple[int, int]:
         (action_dim,) = env.action_spec().shape
         sizes[task] = (obs_dim, action_dim)
     alike = len(set(sizes.values())) == 1
-    check(alike, f"--tasks: expected the same sizes of observations and actions, found {sizes}")
+    check(alike, f"tasks: expected the same sizes of observations and actions, found {sizes}")
     return sizes[tasks[0]]
 
 
@@ -884,75 +508,25 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
     return {name: np.array(values) for name, values in episode.items()}
 
 
-def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> dict:
-    """The arrays of a dataset .npz and its metadata, as in docs/formats.md, all checked."""
+def load_observations(path, task: str, level: str, obs_dim: int) -> torch.Tensor:
+    """The states of a dataset .npz as in docs/formats.md, (N, obs), checked."""
     try:
         damaged = zipfile.ZipFile(path).testzip()  # np.load checks only what it reads
         with np.load(path, allow_pickle=False) as file:
-            data = {name: file[name] for name in DATASET}
+            obs = file["observations"]
             metadata = json.loads(str(file["metadata"]))
         found = (metadata["task"], metadata.get("level", level), metadata["schema_version"])
-        returns = metadata["episode_returns"]
     except Exception as error:
         check(False, f"{path}: expected a dataset as in docs/formats.md; found {error!r:.300}")
     check(damaged is None, f"{path}: damaged bytes in {damaged}")
     expected = (task, level, SCHEMA_VERSION)
     check(found == expected, f"{path}: expected (task, level, schema) {expected}, found {found}")
-    check(returns and np.isfinite(returns).all(), f"{path}: no finite episode_returns")
-    num_rows = len(data["rewards"])
-    row_shapes = {
-        "observations": (obs_dim,),
-        "actions": (action_dim,),
-        "next_observations": (obs_dim,),
-        "physics": data["physics"].shape[1:],
-    }
-    for name, dtype in DATASET.items():
-        array = data[name]
-        shape = (num_rows, *row_shapes.get(name, ()))
-        fits = array.shape == shape and array.dtype.kind == np.dtype(dtype).kind
-        check(fits, f"{path}: {name}: expected {dtype} {shape}, found {array.dtype} {array.shape}")
-        data[name] = np.ascontiguousarray(array, dtype)
-        check(np.isfinite(data[name]).all(), f"{path}: {name}: found NaN or infinite values")
-    check(np.abs(data["actions"]).max() <= 1, f"{path}: expected actions in [-1, 1]")
-    data["timeouts"][-1] = not data["terminals"][-1]  # though the recording is cut there
-    data["metadata"] = metadata
-    return data
-
-
-def check_physics(path, data: dict, task: str) -> None:
-    """Stop unless the physics states of 500 rows give the rewards that the dataset holds."""
-    num_values = len(make_env(task).physics.get_state())
-    found = data["physics"].shape[1:]
-    check(found == (num_values,), f"{path}: expected physics states of {num_values} values")
-    rows = np.linspace(0, len(data["rewards"]) - 1, 500).astype(int)
-    own = compute_rewards(task, data["physics"][rows], data["actions"][rows])
-    error = np.abs(own - data["rewards"][rows]).max()
-    expected = f"{path}: expected physics states after the actions, which give the rewards"
-    check(error < 1e-3, f"{expected}; found rewards that differ by up to {error:.3g}")
-
-
-def relabel(path, data: dict, task: str) -> np.ndarray:
-    """The dataset's rewards under another task, (N,), kept in a file beside it.
-
-    The file's name holds MuJoCo's version and a check sum of the states and actions.
-    """
-    key = zlib.crc32(data["physics"], zlib.crc32(data["actions"]))
-    name = f"{Path(path).stem}.{task}-{mujoco.__version__}-{key:08x}.npy"
-    cache_path = Path(path).with_name(name)
-    if cache_path.exists():
-        try:
-            rewards = np.load(cache_path, allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            rewards = np.empty(0)
-        fits = rewards.shape == data["rewards"].shape and np.isfinite(rewards).all()
-        check(fits, f"{cache_path}: damaged; delete it, then it is made anew")
-        return rewards
-    rewards = compute_rewards(task, data["physics"], data["actions"])
-    temporary = cache_path.with_name(f".{os.getpid()}-{name}")  # another run may write the same
-    with suppress(OSError):  # where no file can be written, the rewards are computed each time
-        np.save(temporary, rewards)
-        os.replace(temporary, cache_path)
-    return rewards
+    fits = obs.ndim == 2 and obs.shape[1] == obs_dim and len(obs) > 0 and obs.dtype.kind == "f"
+    expected = f"expected floats (N, {obs_dim})"
+    check(fits, f"{path}: observations: {expected}, found {obs.dtype} {obs.shape}")
+    obs = np.ascontiguousarray(obs, np.float32)
+    check(np.isfinite(obs).all(), f"{path}: observations: found NaN or infinite values")
+    return torch.from_numpy(obs)
 
 
 def read_pt(path, *kinds: str) -> dict:
@@ -1032,24 +606,6 @@ def save(path: Path, content: dict) -> None:
     temporary = path.with_name(f".{path.name}")
     torch.save(content, temporary)
     os.replace(temporary, path)
-
-
-def save_resume_point(run_dir: Path, resume_point: dict, step: int, trained: dict) -> None:
-    """Write the CSV files and resume.pt: networks, optimisers and random states at this step."""
-    for name, rows in resume_point["rows"].items():
-        write_csv(run_dir / f"{name}.csv", rows)
-    resume_point["step"] = step
-    resume_point["trained"] = {name: part.state_dict() for name, part in trained.items()}
-    resume_point["random_states"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-    save(run_dir / "resume.pt", resume_point)
-
-
-def restore(resume_point: dict, trained: dict) -> None:
-    """Networks, optimisers and random states as they were at the resume point."""
-    for name, part in trained.items():
-        part.load_state_dict(resume_point["trained"][name])
-    torch.set_rng_state(resume_point["random_states"][0])
-    torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
 
 
 def check_finite(name, content) -> None:

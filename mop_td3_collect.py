@@ -605,7 +605,7 @@ def task_sizes(tasks) -> tuple[int, int]:
         (action_dim,) = env.action_spec().shape
         sizes[task] = (obs_dim, action_dim)
     alike = len(set(sizes.values())) == 1
-    check(alike, f"--tasks: expected the same sizes of observations and actions, found {sizes}")
+    check(alike, f"tasks: expected the same sizes of observations and actions, found {sizes}")
     return sizes[tasks[0]]
 
 

@@ -16,7 +16,8 @@ q-ratio is what the thesis proposes (5.3, 8.3) where the density ratio is not kn
 states of the teacher's episodes, which nobody has offline: it is the best that weights can do.
 
 Own: behavior_values, density_ratio, state_weights, draw, teacher_share, main, MIN_VALUE,
-MAX_RATIO, Args.weights, Args.teacher_data, Args.weight_steps, Args.gamma
+MAX_RATIO, Args.states, Args.weights, Args.teacher_data, Args.weight_steps, Args.gamma, DATASET,
+load_dataset
 
 Source: van Lith 2024, sections 5.2.4, 5.3, 8.3.
 
@@ -731,7 +732,7 @@ def task_sizes(tasks) -> tuple[int, int]:
         (action_dim,) = env.action_spec().shape
         sizes[task] = (obs_dim, action_dim)
     alike = len(set(sizes.values())) == 1
-    check(alike, f"--tasks: expected the same sizes of observations and actions, found {sizes}")
+    check(alike, f"tasks: expected the same sizes of observations and actions, found {sizes}")
     return sizes[tasks[0]]
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 @dataclass
 class Args:
     student: str
-    """student.pt of mop_distill.py, mop_ds.py or mop_oqs.py"""
+    """student.pt of mop_distill.py or mop_oqs.py"""
     task: str = "walker-walk"
     """one of the student's tasks"""
     seed: int = 2**31

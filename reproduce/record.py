@@ -1,12 +1,13 @@
-"""The small CSV of a run, from its run folder and checkpoints.
+"""The small CSV of a run, from its run folder and checkpoint, or of several runs.
 
-  python reproduce/record.py OUT.csv RUN/returns.csv FILE.pt ..
+  python reproduce/record.py OUT.csv [RUN/returns.csv] FILE.pt ..
   python reproduce/record.py OUT.csv RUN/measure.json
   python reproduce/record.py OUT-activations.csv RUN/measure.json
 
 The columns are policy,task,evaluation,step,episode,return; of a measure.json
-measure,layer,value,std or, if it is of --teachers, teacher,task,episode,return or, of --shift,
-measure,value,error; of activations task,layer,neuron,mean.
+measure,layer,value,std ("tau-a 0-2" is that of the pair of ids 0 and 2, where there are more than
+two) or, if it is of --teachers, teacher,task,episode,return or, of --shift, measure,value,error; of
+activations task,layer,neuron,mean.
 
 Of an evaluation during training the mean over its episodes; of the final one, which the checkpoint
 holds, every episode. The last step's rows of returns.csv are the final evaluation, but not of a
@@ -24,12 +25,15 @@ import numpy as np
 import torch
 
 
-def returns(curves: list[str], checkpoints: list[str]) -> list[tuple]:
+def returns(inputs: list[str]) -> list[tuple]:
+    training = []
     final = []
-    behavior = False
-    for path in checkpoints:
+    curve = None
+    for path in inputs:
+        if path.endswith(".csv"):
+            curve = path  # of the checkpoint that follows
+            continue
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        behavior = behavior or checkpoint["kind"] == "behavior"
         policy = checkpoint["kind"]
         data_tasks = checkpoint.get("data_tasks", checkpoint["tasks"])
         if len(data_tasks) == 1 and data_tasks != checkpoint["tasks"]:
@@ -37,20 +41,18 @@ def returns(curves: list[str], checkpoints: list[str]) -> list[tuple]:
         for task, values in checkpoint["returns"].items():
             for e, value in enumerate(values):
                 final.append((policy, task, "final", checkpoint["step"], e, f"{value:.2f}"))
-    episodes = defaultdict(list)  # policy, task, step -> returns
-    last_step = defaultdict(int)  # policy, task -> step
-    for path in curves:
-        with open(path, newline="") as file:
+        if curve is None:
+            continue
+        episodes = defaultdict(list)  # task, step -> returns
+        last_step = 0
+        with open(curve, newline="") as file:
             for row in csv.DictReader(file):
-                task, _, label = row["task"].partition(" ")  # label: of a student's own teacher
-                step = int(row["step"])
-                episodes[label or policy, task, step].append(float(row["return"]))
-                last_step[label or policy, task] = step
-    training = []
-    for (policy, task, step), values in episodes.items():
-        is_final = step == last_step[policy, task] and not behavior
-        if not is_final:
-            training.append((policy, task, "training", step, "mean", f"{np.mean(values):.2f}"))
+                last_step = int(row["step"])
+                episodes[row["task"], last_step].append(float(row["return"]))
+        for (task, step), values in episodes.items():
+            if step < last_step or policy == "behavior":
+                training.append((policy, task, "training", step, "mean", f"{np.mean(values):.2f}"))
+        curve = None
     header = ("policy", "task", "evaluation", "step", "episode", "return")
     return [header, *training, *final]
 
@@ -59,12 +61,15 @@ def measures(report: dict) -> list[tuple]:
     rows = [("measure", "layer", "value", "std")]
     for row in report["shared_computation"]:
         layer = row["layer"]
+        pair = ""
+        if len(report["student"]["tasks"]) > 2:
+            pair = " {}-{}".format(*row["ids"])
         for tau in ("tau_a", "tau_b"):
-            name = tau.replace("_", "-")
+            name = tau.replace("_", "-") + pair
             per_state = row["per_state"][tau]
             rows.append((f"per-state {name}", layer, per_state["mean"], per_state["std"]))
             rows.append((f"average {name}", layer, row["average"][tau], ""))
-        rows.append(("cka", layer, row["cka"], ""))
+        rows.append((f"cka{pair}", layer, row["cka"], ""))
     return [row for row in rows if row[2] is not None]
 
 
@@ -99,7 +104,6 @@ def shift(report: dict) -> list[tuple]:
 def main():
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "")
     inputs = sys.argv[2:]
-    curves = [path for path in inputs if path.endswith(".csv")]
     checkpoints = [path for path in inputs if path.endswith(".pt")]
     reports = [path for path in inputs if path.endswith(".json")]
     missing = [path for path in inputs if not Path(path).is_file()]
@@ -107,7 +111,7 @@ def main():
         expected = "expected OUT.csv, then checkpoints or a measure.json"
         raise SystemExit(f"record.py: {expected}; not found: {missing}")
     if checkpoints:
-        rows = returns(curves, checkpoints)
+        rows = returns(inputs)
     else:
         report = json.loads(Path(reports[0]).read_text())
         if out.stem.endswith("-activations"):

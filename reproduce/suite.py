@@ -5,7 +5,7 @@
 
 For every task a behaviour, its dataset, a teacher and a student are made by the scripts' own main()
 with tiny budgets, which say whether they run, not how well they learn; and the rewards of the
-dataset are computed again from its physics states, as mop_ds.py and mop_oqs.py need it.
+dataset are computed again from its physics states, as mop_ds.py needs it.
 
 Out: the table between the markers of docs/tasks.md, unless --tasks names some.
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 
 os.environ["MUJOCO_GL"] = "disable"  # nothing is rendered here, whatever the shell asks for
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ import torch
 from dm_control import suite
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("mop_*.py"))
+EXAMPLES = ["naive_multitask_pbrl", "distill_reweighted"]  # that train
 
 # a shell's background job ignores Ctrl-C, and so would every process that a test starts
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -69,7 +70,7 @@ def no_episodes(monkeypatch):
             episodes.append({"observations": observations, "rewards": np.full(1000, e / 1000)})
         return episodes
 
-    for name in SCRIPTS:
+    for name in SCRIPTS + EXAMPLES:
         monkeypatch.setattr(importlib.import_module(name), "run_episodes", run_episodes)
 
 

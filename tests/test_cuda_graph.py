@@ -8,6 +8,7 @@ a batch, a coefficient) shows as other weights.
 
 import contextlib
 
+import naive_multitask_pbrl as naive
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,15 +19,15 @@ import mop_ds as ds
 import mop_oqs as oqs
 import mop_pbrl_teacher as pbrl
 import mop_td3_collect as td3
-from test_loops import TASKS, load, naive, use_world, write_inputs
+from test_loops import TASKS, load, use_world, write_inputs
 
 FORBIDDEN = ["_local_scalar_dense", "lift_fresh", "nonzero", "is_nonzero", "equal"]
 TINY = ["--eval-episodes", 1, "--final-eval-episodes", 1, "--hidden", 8, "--batch-size", 16]
 STEPS = ["--gradient-steps", 20, "--eval-every", 10]
 TEACHER = ["--task", "toy-up", "--bc-coef", 1, *STEPS]
 STUDENT = ["--tasks", *TASKS, "--level", "medium", "expert", *STEPS]
-TEACHERS = ["--teacher-steps", 10, "--teacher-hidden", 8, "--teacher-batch-size", 16]
-TEACHERS += ["--anneal", 0.5]
+SWITCH = ["--teachers", *["checkpoints/toy-up-medium-teacher.pt"] * 2]
+SWITCH += ["checkpoints/toy-down-expert-teacher.pt"] * 2
 TD3 = ["--task", "toy-up", "--total-timesteps", 60, "--eval-every", 60, "--medium-step", 60]
 TD3 += ["--learning-starts", 40, "--datasets", "medium-replay"]
 CASES = {
@@ -35,12 +36,12 @@ CASES = {
     "student": (distill, STUDENT),
     "onehot ndcg": (distill, [*STUDENT, "--task-encoding", "onehot", "--regularizer", "ndcg"]),
     "q pairwise": (distill, [*STUDENT, "--loss", "q", "--regularizer", "pairwise"]),
-    "ds": (ds, [*STUDENT, *TEACHERS]),
-    "oqs": (oqs, [*STUDENT, *TEACHERS]),
+    "ds": (ds, [*TEACHER, "--sources", "toy-up"]),
+    "oqs": (oqs, [*STUDENT, *SWITCH]),
     "naive": (naive, [*STUDENT, "--anneal", 0.5]),
     "td3": (td3, TD3),
 }
-GRAPHS = {distill: 1, pbrl: 3, ds: 3 + 3 + 1, oqs: 3 + 3 + 1, naive: 2 + 2 + 1, td3: 2}
+GRAPHS = {distill: 1, pbrl: 3, ds: 3, oqs: 1, naive: 2 + 2 + 1, td3: 2}
 
 
 def tensors(values) -> list:

@@ -45,7 +45,6 @@ PATH=/nowhere
 EVALUATION = "--eval-episodes 1 --final-eval-episodes 1 --eval-every 1000 --threads 1 --overwrite"
 EVALUATION += " --no-cuda-graph"  # tests/test_cuda_graph.py
 TRAINING = f"{EVALUATION} --gradient-steps 2 --batch-size 16 --hidden 8 --device auto"
-TEACHERS = f"{TRAINING} --teacher-steps 2 --teacher-batch-size 16 --teacher-hidden 8"
 TINY = {  # appended: the last one of two equal flags counts
     "mop_td3_collect": f"{EVALUATION} --total-timesteps 1000 --learning-starts 998 --batch-size 16"
     " --hidden 8 --num-transitions 1000 --medium-return 0.1",
@@ -54,8 +53,8 @@ TINY = {  # appended: the last one of two equal flags counts
     "mop_distill": TRAINING,
     "my_distill": TRAINING,  # the tour's copy
     "distill_reweighted": f"{TRAINING} --weight-steps 2",
-    "mop_ds": TEACHERS,
-    "mop_oqs": TEACHERS,
+    "mop_ds": TRAINING,
+    "mop_oqs": TRAINING,
     "mop_measure": "--episodes 1 --cross-episodes 1 --tau-states 50 --cka-states 100"
     " --shift-states 1000 --no-gif --threads 1 --overwrite",
     "run_student": "",

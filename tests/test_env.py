@@ -150,7 +150,7 @@ def test_tasks_that_do_not_exist_are_refused(task):
 
 def test_tasks_of_other_sizes_are_refused():
     assert td3.task_sizes(["walker-stand", "walker-run"]) == (24, 6)
-    with pytest.raises(SystemExit, match=r"--tasks: expected the same sizes .*cheetah-run"):
+    with pytest.raises(SystemExit, match=r"tasks: expected the same sizes .*cheetah-run"):
         td3.task_sizes(["walker-stand", "cheetah-run"])
 
 

@@ -14,11 +14,14 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import naive_multitask_pbrl as naive
 import numpy as np
 import pytest
 import torch
 
 import mop_distill as distill
+import mop_ds as ds
+import mop_oqs as oqs
 import mop_pbrl_teacher as pbrl
 import mop_td3_collect as td3
 from conftest import (
@@ -26,6 +29,7 @@ from conftest import (
     SCRIPTS,
     assert_stopped,
     make_arrays,
+    own_rewards,
     script,
     write_dataset,
     write_teacher,
@@ -36,6 +40,12 @@ TINY += ["--eval-episodes", 1, "--final-eval-episodes", 1]
 STUDENT = ["--tasks", "walker-stand", "--data", "d.npz", "--teachers", "t.pt", *TINY]
 TEACHER = ["--task", "walker-stand", "--data", "d.npz", "--output", "teacher.pt", *TINY]
 TEACHER_RUN = [*TEACHER, "--run-dir", "run", "--gradient-steps", 2]
+SHARED = ["--task", "walker-walk", "--sources", "walker-stand", *TEACHER[2:]]
+TWO_TASKS = ["--tasks", "walker-stand", "walker-walk", "--data", "d.npz", "w.npz", *TINY]
+SWITCH = [*TWO_TASKS, "--teachers", "t.pt", "t.pt", "w.pt", "w.pt"]
+NAIVE = [*TWO_TASKS, "--output", "teacher.pt"]
+RUNS = {pbrl: TEACHER, ds: SHARED, distill: STUDENT, oqs: SWITCH, naive: NAIVE}
+EACH_RUN = pytest.mark.parametrize("module", RUNS, ids=lambda module: module.__name__)
 
 
 def equal(one, other) -> bool:
@@ -47,12 +57,18 @@ def equal(one, other) -> bool:
     return type(one) is type(other) and np.array_equal(one, other)
 
 
+def write_inputs():
+    """A dataset and a teacher of walker-stand, d.npz and t.pt; of walker-walk w.npz and w.pt."""
+    for name, task in (("d", "walker-stand"), ("w", "walker-walk")):
+        write_dataset(Path(f"{name}.npz"), task)
+    write_teacher(Path("t.pt"))
+    write_teacher(Path("w.pt"), "walker-walk")
+
+
 @pytest.fixture
 def inputs(tmp_path, monkeypatch):
-    """A dataset and a teacher, d.npz and t.pt."""
     monkeypatch.chdir(tmp_path)
-    write_dataset(Path("d.npz"), arrays=make_arrays())
-    write_teacher(Path("t.pt"))
+    write_inputs()
 
 
 # ------------------------------------------------------------------------------------ bad input
@@ -64,7 +80,7 @@ FLAGS = [
     (td3, ["--task", "walker-fly"], "task walker-fly: not one of"),
     (td3, ["--task", "lqr-lqr_2_1"], "task lqr-lqr_2_1: its episodes have no end"),
     (distill, ["--tasks", "walker-stand", "walker-stand"], "--tasks: expected distinct tasks"),
-    (distill, ["--tasks", "walker-stand", "cheetah-run"], "--tasks: expected the same sizes"),
+    (distill, ["--tasks", "walker-stand", "cheetah-run"], "tasks: expected the same sizes"),
     (distill, ["--tasks", "walker-stand", "--regularizer", "ndcg"], "--regularizer: expected two"),
     (distill, ["--level", "medium", "expert", "medium"], "--level: expected one level, or one per"),
     (distill, ["--data", "a.npz"], "--data: expected one file per task"),
@@ -72,6 +88,24 @@ FLAGS = [
     (distill, ["--teachers", "a.pt", "b.pt"], "a.pt: expected a teacher"),
     (distill, ["--loss", "kl", "--level", "expert"], "expert-teacher-gaussian.pt: not found"),
     (distill, ["--loss", "kl", "--teachers", *BUNDLED], "--loss kl: expected Gaussian teachers"),
+    (distill, ["--states", "shared"], "walker-stand-medium-ds-teacher.pt: not found"),
+    (oqs, ["--tasks", "walker-walk"], "--tasks: expected two or more distinct tasks"),
+    (oqs, ["--tasks", "walker-walk", "walker-walk"], "--tasks: expected two or more distinct"),
+    (oqs, ["--tasks", "walker-stand", "cheetah-run"], "tasks: expected the same sizes"),
+    (oqs, ["--level", "medium", "expert", "medium"], "--level: expected one level, or one per"),
+    (oqs, ["--data", "a.npz"], "--data: expected one file per task"),
+    (oqs, ["--teachers", *BUNDLED], "--teachers: expected 4 files"),
+    (oqs, [], "walker-stand-from-walker-walk-medium-teacher.pt: not found"),
+    (ds, ["--sources"], "--sources: expected distinct tasks"),
+    (ds, ["--sources", "walker-walk", "walker-walk"], "--sources: expected distinct tasks"),
+    (ds, ["--sources", "cheetah-run"], "--sources: expected tasks of one domain"),
+    (ds, ["--data", "a.npz"], "--data: expected one file per source"),
+    (ds, ["--num-critics", 1], "--num-critics: expected 2 or more"),
+    (naive, ["--tasks", "walker-walk"], "--tasks: expected two or more distinct tasks"),
+    (naive, ["--tasks", "walker-walk", "walker-walk"], "--tasks: expected two or more distinct"),
+    (naive, ["--level", "medium", "expert", "medium"], "--level: expected one level, or one per"),
+    (naive, ["--data", "a.npz"], "--data: expected one file per task"),
+    (naive, ["--num-critics", 1], "--num-critics: expected 2 or more"),
     (pbrl, ["--task", "walker-run"], "data/walker-run-medium.npz: not found, nor in pretrained/"),
     (pbrl, ["--num-critics", 1], "--num-critics: expected 2 or more"),
     (pbrl, ["--resume", "nowhere"], "nowhere/resume.pt: expected a resume point of mop_pbrl"),
@@ -92,10 +126,18 @@ def test_flags(run_main, tmp_path, monkeypatch, module, options, message):
     assert not list(tmp_path.iterdir())
 
 
-def refusal(path) -> str:
-    """The line with which load_dataset stops."""
+def load_all(path) -> dict:
+    return pbrl.load_dataset(path, "walker-stand", "medium", 24, 6)
+
+
+def load_states(path) -> torch.Tensor:
+    return distill.load_observations(path, "walker-stand", "medium", 24)
+
+
+def refusal(load, path) -> str:
+    """The line with which a file is refused."""
     with pytest.raises(SystemExit) as stop:
-        distill.load_dataset(path, "walker-stand", "medium", 24, 6)
+        load(path)
     assert str(path) in stop.value.code
     assert "\n" not in stop.value.code
     return stop.value.code
@@ -121,7 +163,25 @@ DATASETS = [
 @pytest.mark.parametrize(("arrays", "metadata", "message"), DATASETS)
 def test_datasets(tmp_path, arrays, metadata, message):
     path = write_dataset(tmp_path / "d.npz", arrays=make_arrays() | arrays, **metadata)
-    assert message in refusal(path)
+    assert message in refusal(load_all, path)
+
+
+STATES = [
+    ({"observations": np.zeros(200, np.float32)}, {}, "expected floats (N, 24), found float32 (20"),
+    ({"observations": np.zeros((9, 17))}, {}, "expected floats (N, 24), found float64 (9, 17)"),
+    ({"observations": np.zeros((9, 24), int)}, {}, "expected floats (N, 24), found int64 (9, 24)"),
+    ({"observations": np.zeros((0, 24))}, {}, "expected floats (N, 24), found float64 (0, 24)"),
+    ({"observations": np.full((9, 24), np.nan)}, {}, "observations: found NaN or infinite values"),
+    ({"observations": np.full((9, 24), np.inf)}, {}, "observations: found NaN or infinite values"),
+    ({"observations": np.array([None] * 200)}, {}, "Object arrays cannot be loaded"),
+    *DATASETS[8:11],  # task, level and schema
+]
+
+
+@pytest.mark.parametrize(("arrays", "metadata", "message"), STATES)
+def test_states_of_datasets(tmp_path, arrays, metadata, message):
+    path = write_dataset(tmp_path / "d.npz", arrays=make_arrays() | arrays, **metadata)
+    assert message in refusal(load_states, path)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -132,7 +192,7 @@ def test_datasets_that_are_not_finite(tmp_path, name, value):
     arrays = make_arrays()
     arrays[name][17] = value
     path = write_dataset(tmp_path / "d.npz", arrays=arrays)
-    assert f"{name}: found NaN or infinite values" in refusal(path)
+    assert f"{name}: found NaN or infinite values" in refusal(load_all, path)
 
 
 class Payload:
@@ -142,17 +202,19 @@ class Payload:
         return open, ("executed", "w")
 
 
-def test_files_that_are_no_datasets(inputs):
+@pytest.mark.parametrize("load", [load_all, load_states])
+def test_files_that_are_no_datasets(inputs, load):
     path = Path("d.npz")
     content = path.read_bytes()
+    message = "expected a dataset as in docs/formats.md"
     for wrong in (content[:5000], b"", b"PK\x03\x04 nonsense", pickle.dumps(Payload())):
         path.write_bytes(wrong)
-        assert "expected a dataset as in docs/formats.md" in refusal(path)
+        assert message in refusal(load, path)
     for metadata in (np.array("{"), np.array("[]"), np.array("{}"), np.array([Payload()])):
         np.savez(path, **make_arrays(), metadata=metadata)
-        assert "expected a dataset as in docs/formats.md" in refusal(path)
+        assert message in refusal(load, path)
     write_dataset(path, arrays={})
-    assert "observations is not a file" in refusal(path)
+    assert "observations is not a file" in refusal(load, path)
     assert not Path("executed").exists()
 
 
@@ -162,7 +224,7 @@ def test_a_flipped_bit_in_a_shape(tmp_path):
     content = path.read_bytes()
     assert content.count(b"'shape': (1000, 18)") == 1
     path.write_bytes(content.replace(b"'shape': (1000, 18)", b"'shape': (1000, 10)"))
-    assert "damaged bytes in physics.npy" in refusal(path)
+    assert "damaged bytes in physics.npy" in refusal(load_all, path)
 
 
 TEACHERS = [
@@ -181,7 +243,7 @@ def test_teachers(run_main, inputs, changes, message):
     assert_stopped(run_main(distill, *STUDENT), message)
 
 
-def test_files_that_are_no_checkpoints(run_main, tmp_path, inputs):
+def test_files_that_are_no_checkpoints(run_main, inputs):
     path = Path("t.pt")
     message = "t.pt: expected a behavior or teacher, a .pt file"
     for wrong in (path.read_bytes()[:5000], b"", b"text", pickle.dumps(Payload())):
@@ -190,7 +252,7 @@ def test_files_that_are_no_checkpoints(run_main, tmp_path, inputs):
     for wrong in ([1, 2], {"net.0.weight": torch.ones(2)}, {"kind": "teacher", "x": Payload()}):
         torch.save(wrong, path)
         assert_stopped(run_main(td3, "--policy", path), message)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.npz", "t.pt"]
+    assert not Path("executed").exists() and not Path("data").exists()
 
 
 def damaged(content: bytes, rng) -> bytes:
@@ -215,7 +277,7 @@ def damaged(content: bytes, rng) -> bytes:
 def test_damaged_files_are_refused_or_what_they_were(run_main, inputs, no_episodes, name, count):
     def read():
         if name == "d.npz":
-            return distill.load_dataset(name, "walker-stand", "medium", 24, 6)
+            return load_all(name)
         return distill.read_pt(name, "teacher", "resume point of mop_pbrl_teacher.py")
 
     run_main(pbrl, *TEACHER_RUN)
@@ -234,29 +296,30 @@ def test_damaged_files_are_refused_or_what_they_were(run_main, inputs, no_episod
     assert refused > 0.7 * count  # the others hit padding, or bytes that nobody reads
 
 
-@pytest.mark.parametrize(
-    ("module", "flags", "network"), [(pbrl, TEACHER, "actor"), (distill, STUDENT, "student")]
-)
-def test_layouts_and_folders(run_main, monkeypatch, inputs, no_episodes, module, flags, network):
+@EACH_RUN
+def test_layouts_and_folders(run_main, monkeypatch, inputs, no_episodes, module):
     """Arrays in Fortran order, big-endian, of 64 bits (as others write them) train to the same
     weights, can be saved, and resumed from another folder although --data is a relative path."""
+    plain = own_rewards(make_arrays(), "walker-stand")
     other = {}
-    for name, array in make_arrays().items():
+    for name, array in plain.items():
         dtype = ">f8" if array.dtype.kind == "f" else bool
         other[name] = array.astype(dtype, order="F")
     home = Path.cwd()
     (home / "elsewhere").mkdir()
-    weights = []
-    for run_dir, arrays in (("plain", make_arrays()), ("other", other)):
+    ends = []
+    for run_dir, arrays in (("plain", plain), ("other", other)):
         write_dataset(Path("d.npz"), arrays=arrays)
-        run_main(module, *flags, "--run-dir", run_dir, "--gradient-steps", 2, "--overwrite")
+        sizes = ["--run-dir", run_dir, "--gradient-steps", 2, "--overwrite"]
+        assert isinstance(run_main(module, *RUNS[module], *sizes), str)
         monkeypatch.chdir(home / "elsewhere")
         run_main(module, "--resume", f"../{run_dir}", "--gradient-steps", 4)
         monkeypatch.chdir(home)
-        resume_point = torch.load(f"{run_dir}/resume.pt", weights_only=True)
-        assert resume_point["step"] == 4
-        weights.append(resume_point[network])
-    assert equal(*weights)
+        end = torch.load(f"{run_dir}/resume.pt", weights_only=True)
+        assert end["step"] == 4
+        del end["args"]
+        ends.append(end)
+    assert equal(*ends)
     assert not list((home / "elsewhere").iterdir())
 
 
@@ -317,7 +380,7 @@ def test_a_file_that_cannot_be_written_keeps_the_old_one(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == b"old"
     save_dataset()  # also where the name does not end in .npz
-    assert len(distill.load_dataset(path, "walker-stand", "medium", 24, 6)["rewards"]) == 200
+    assert len(load_all(path)["rewards"]) == 200
 
 
 def test_a_run_that_diverges_stops_by_name(run_main, inputs, no_episodes):
@@ -331,9 +394,23 @@ def test_a_run_that_diverges_stops_by_name(run_main, inputs, no_episodes):
     assert not Path("x.pt").exists()
 
 
+def test_weights_that_are_not_finite_are_not_saved(run_main, monkeypatch, inputs, no_episodes):
+    """Every critic's, also in a list."""
+
+    def damage(target, network, rate):
+        list(network.parameters())[-1].data.fill_(torch.inf)
+
+    monkeypatch.setattr(naive, "move_target", damage)
+    outcome = run_main(naive, *NAIVE, "--run-dir", "run", "--gradient-steps", 1)
+    assert_stopped(outcome, "critics of walker-stand: b3: NaN or infinite")
+    assert not Path("teacher.pt").exists()
+
+
 # ---------------------------------------------------------------------------- killed and resumed
 def test_resume_points_of_another_run(run_main, inputs, no_episodes):
     run_main(pbrl, *TEACHER_RUN)
+    message = "--resume: this run has made all its --gradient-steps"
+    assert_stopped(run_main(pbrl, "--resume", "run"), message)
     resume = ["--resume", "run", "--gradient-steps", 4]
     message = "run/resume.pt: expected a resume point of mop_distill.py, found a resume point of m"
     assert_stopped(run_main(distill, *resume), message)
@@ -354,7 +431,7 @@ def resume_time() -> int:
 def start_until_a_resume_point(module, flags) -> subprocess.Popen:
     """The script's process, in a session of its own, which has just written a resume point."""
     process = subprocess.Popen(
-        [sys.executable, ROOT / f"{module.__name__}.py", *map(str, flags)],
+        [sys.executable, module.__file__, *map(str, flags)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -367,7 +444,7 @@ def start_until_a_resume_point(module, flags) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("module", [distill, pbrl, td3])
+@pytest.mark.parametrize("module", [*RUNS, td3], ids=lambda module: module.__name__)
 def test_a_killed_run_ends_as_one_left_alone(run_main, tmp_path, monkeypatch, module, kills):
     """To the bit, whenever it is killed after its first resume point, while saving as well."""
     periods = 2 * kills + 2  # of evaluation, each longer than the longest wait
@@ -376,14 +453,13 @@ def test_a_killed_run_ends_as_one_left_alone(run_main, tmp_path, monkeypatch, mo
         flags += ["--eval-every", 1000, "--medium-step", 1000, "--learning-starts", 900]
         flags += ["--datasets", "medium-replay"]
     else:
-        flags = TEACHER if module is pbrl else STUDENT
-        flags = [*flags, "--gradient-steps", 50 * periods, "--eval-every", 50]
+        flags = [*RUNS[module], "--gradient-steps", 50 * periods, "--eval-every", 50]
     rng = np.random.default_rng(kills)
     results = []
     for name in ("alone", "killed"):
-        write_dataset(tmp_path / name / "d.npz", arrays=make_arrays())
-        write_teacher(tmp_path / name / "t.pt")
+        (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
+        write_inputs()
         arguments = [*flags, "--run-dir", "run"]
         for _ in range(kills if name == "killed" else 0):
             process = start_until_a_resume_point(module, [*arguments, "--threads", 1])

@@ -7,16 +7,15 @@ dm_control.
 """
 
 import csv
-import importlib
 import sys
 import zlib
 from copy import deepcopy
-from functools import cache
-from itertools import permutations, product
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
-import mujoco
+import naive_multitask_pbrl as naive
 import numpy as np
 import pytest
 import torch
@@ -29,10 +28,8 @@ import mop_measure as measure
 import mop_oqs as oqs
 import mop_pbrl_teacher as pbrl
 import mop_td3_collect as td3
-from conftest import ROOT, make_arrays, write_dataset, write_teacher
+from conftest import make_arrays, write_dataset, write_teacher
 
-sys.path.append(str(ROOT / "examples"))
-naive = importlib.import_module("naive_multitask_pbrl")
 TRAINING = {"td3": td3, "pbrl": pbrl, "distill": distill, "ds": ds, "oqs": oqs, "naive": naive}
 
 # ----------------------------------------------------------------------- defaults: the thesis's
@@ -44,8 +41,7 @@ DEFAULTS = {  # of every flag, unless the script has its own below
     "eval_every": 10_000, "eval_episodes": 10, "final_eval_episodes": 100,
     "loss": "mse", "regularizer": "none", "reg_lambda": 100.0, "task_encoding": "number",
     "gradient_steps": 500_000, "learning_rate": 1e-4, "batch_size": 1024, "hidden": 256,
-    "teacher_steps": 1_000_000, "teacher_learning_rate": 1e-4, "teacher_batch_size": 1024,
-    "teacher_hidden": 256, "gamma": 0.99, "tau": 0.005, "actor_tau": 0.005,
+    "gamma": 0.99, "tau": 0.005, "actor_tau": 0.005,
     "policy_noise": 0.2, "noise_clip": 0.5, "policy_frequency": 2,
     "num_critics": 5, "num_ood": 3, "ood_noise": 0.01, "beta_in": 0.001,
     "beta_ood": 3.0, "beta_ood_min": 0.1, "beta_ood_decay": 0.99995,
@@ -63,8 +59,10 @@ OWN_DEFAULTS = {
     "pbrl": {
         "level": "medium", "data": None, "actor": "deterministic", "gradient_steps": 1_000_000,
     },
+    "ds": {"level": "medium", "sources": ("walker-stand", "walker-walk"),
+        "gradient_steps": 1_000_000,
+    },
     "distill": {},
-    "ds": {},
     "oqs": {},
     "naive": {"actor": "deterministic", "gradient_steps": 1_000_000},
     "measure": {
@@ -72,25 +70,22 @@ OWN_DEFAULTS = {
         "tau_states": 100_000, "cka_states": 100_000, "shift_states": 100_000,
     },
 }
-LAPTOP_PBRL = {
+LAPTOP_TEACHER = {
+    "gradient_steps": 30_000, "batch_size": 256, "learning_rate": 3e-4,
     "num_ood": 1, "tau": 0.02, "actor_tau": 0.02, "policy_noise": 0.05,
     "beta_ood_decay": 0.9997, "anneal": 0.5, "bc_coef": 1.0, "matmul_precision": "medium",
 }
-LAPTOP_TEACHER = {"gradient_steps": 30_000, "batch_size": 256, "learning_rate": 3e-4}
 LAPTOP_STUDENT = {"gradient_steps": 20_000, "learning_rate": 1e-3}
-LAPTOP_TEACHERS = {
-    "teacher_steps": 30_000, "teacher_batch_size": 256, "teacher_learning_rate": 3e-4,
-}
 LAPTOP = {
     "td3": {
         "hidden": 256, "batch_size": 128, "learning_rate": 3e-4,
         "total_timesteps": 240_000, "medium_step": 120_000,
     },
-    "pbrl": LAPTOP_PBRL | LAPTOP_TEACHER,
-    "naive": LAPTOP_PBRL | LAPTOP_TEACHER,
+    "pbrl": LAPTOP_TEACHER,
+    "ds": LAPTOP_TEACHER,
+    "naive": LAPTOP_TEACHER,
     "distill": LAPTOP_STUDENT,
-    "ds": LAPTOP_STUDENT | LAPTOP_PBRL | LAPTOP_TEACHERS,
-    "oqs": LAPTOP_STUDENT | LAPTOP_PBRL | LAPTOP_TEACHERS,
+    "oqs": LAPTOP_STUDENT,
 }
 
 # settings of the short runs below, all unlike the defaults and unlike each other
@@ -110,10 +105,6 @@ PBRL = {
 STEPS = {
     "gradient_steps": 8, "learning_rate": 3e-3, "batch_size": 16, "hidden": 8, "eval_every": 5,
 }
-TEACHER_STEPS = {
-    "teacher_steps": 7, "teacher_learning_rate": 2e-3, "teacher_batch_size": 12,
-    "teacher_hidden": 6,
-}
 CLONING = {"bc_coef": 0.7, "bc_temperature": 0.4, "anneal": 0.6}
 # fmt: on
 
@@ -123,7 +114,9 @@ def flags(settings: dict) -> list:
     argv = []
     for name, value in settings.items():
         argv.append(f"--{name.replace('_', '-')}")
-        if value is not True:
+        if isinstance(value, tuple):
+            argv.extend(value)
+        elif value is not True:
             argv.append(value)
     return argv
 
@@ -279,7 +272,7 @@ def rewards_of(task, arrays) -> np.ndarray:
     return np.array(rewards, np.float32)
 
 
-def write_data(tasks) -> dict:
+def write_data(tasks, levels=LEVELS) -> dict:
     """A dataset per task, each of another size, with short episodes -> {task: arrays}."""
     datasets = {}
     for i, task in enumerate(tasks):
@@ -290,8 +283,8 @@ def write_data(tasks) -> dict:
         arrays["timeouts"] = ends > 0.8
         arrays["timeouts"][-1] = True
         arrays["rewards"] = rewards_of(task, arrays)
-        path = Path(f"data/{task}-{LEVELS[task]}.npz")
-        write_dataset(path, task, arrays, level=LEVELS[task])
+        path = Path(f"data/{task}-{levels[task]}.npz")
+        write_dataset(path, task, arrays, level=levels[task])
         datasets[task] = arrays
     return datasets
 
@@ -556,26 +549,50 @@ def plain_pbrl(tables, seed, a, log_std=None, codes=((),)):
     return networks, metrics
 
 
+def union(datasets, task, sources) -> dict:
+    """The data of the sources with the rewards of a task."""
+    parts = []
+    for source in sources:
+        parts.append(datasets[source] | {"rewards": rewards_of(task, datasets[source])})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 PBRL_CASES = {
     "deterministic": {},
     "gaussian": {"actor": "gaussian"},
     "gaussian-tanh": {"actor": "gaussian-tanh"},
     "cloning, annealed": CLONING,
     "common seed": {"common_seed": True},
+    "data sharing": {"sources": tuple(SLOPES)} | CLONING,
+    "data of another task": {"sources": ("toy-down",)},
+    "data sharing, common seed": {"sources": ("toy-down", "toy-up"), "common_seed": True},
 }
 
 
 @pytest.mark.parametrize("case", PBRL_CASES)
 def test_pbrl_equals_a_plain_loop(world, case):
+    """Of mop_pbrl_teacher.py, and with sources of mop_ds.py."""
     a = SimpleNamespace(**RUN | PBRL | STEPS | {"seed": 3} | PBRL_CASES[case])
-    datasets = write_data(["toy-up"])
-    world(pbrl, "--task", "toy-up", *flags(vars(a)))
-    seed = seed_of("3" if case == "common seed" else "3 teacher toy-up from toy-up")
+    datasets = write_data(SLOPES, dict.fromkeys(SLOPES, "medium"))
+    module = ds if "sources" in PBRL_CASES[case] else pbrl
+    sources = PBRL_CASES[case].get("sources", ("toy-up",))
+    world(module, "--task", "toy-up", *flags(vars(a)))
+    stream = f" teacher toy-up from {'+'.join(sorted(sources))}"
+    if "common_seed" in PBRL_CASES[case]:
+        stream = ""
     log_std = pbrl.LOG_STD.get(case)
-    networks, metrics = plain_pbrl([datasets["toy-up"]], seed, a, log_std)
+    table = union(datasets, "toy-up", sources)
+    networks, metrics = plain_pbrl([table], seed_of(f"3{stream}"), a, log_std)
     assert_resume_point(networks)
-    kind = f"teacher-{case}" if log_std else "teacher"
-    checkpoint = load(f"checkpoints/toy-up-medium-{kind}.pt")
+    name = "toy-up-medium-teacher"
+    if log_std:
+        name = f"toy-up-medium-teacher-{case}"
+    elif module is ds:
+        name = "toy-up-medium-ds-teacher"
+        if len(sources) == 1:
+            name = "toy-up-from-toy-down-medium-teacher"
+    checkpoint = load(f"checkpoints/{name}.pt")
+    assert checkpoint["tasks"] == ["toy-up"] and checkpoint["data_tasks"] == list(sources)
     assert_close(checkpoint["actor"], networks["actor"])
     assert_close(checkpoint["critics"], networks["critics"])
     assert checkpoint["sizes"]["log_std"] == log_std
@@ -632,8 +649,22 @@ def normal(out):
     return Normal(out[:, :2], (-5 + 2.5 * (out[:, 2:] + 1)).exp())
 
 
+def assert_student(student, metrics, tasks, codes) -> dict:
+    """The plain loop's student is that of the run -> the checkpoint."""
+    assert_resume_point({"student": student})
+    checkpoint = load("run/student.pt")
+    assert_close(checkpoint["actor"], student)
+    assert losses_at(8) == pytest.approx(metrics, abs=2e-5)
+    for i, task in enumerate(tasks):
+        assert_returns(checkpoint, student, task, codes[i])
+    steps = [row[0] for row in read_csv("run/returns.csv")]
+    assert steps == ["5"] * 2 * len(tasks) + ["8"] * 3 * len(tasks)
+    return checkpoint
+
+
 DISTILL_CASES = {
     "mse": {},
+    "shared": {"states": "shared"},
     "q": {"loss": "q"},
     "kl": {"loss": "kl"},
     "ndcg": {"regularizer": "ndcg"},
@@ -654,11 +685,13 @@ def test_distillation_equals_a_plain_loop(world, case):
     states = []
     labels = []
     for i, task in enumerate(tasks):
-        kind = "teacher-gaussian" if case == "kl" else "teacher"
+        kind = {"kl": "teacher-gaussian", "shared": "ds-teacher"}.get(case, "teacher")
         log_std = (-5.0, 0.0) if case == "kl" else None
         teacher = load(write_toy_teacher(f"{task}-{LEVELS[task]}-{kind}", task, i, log_std))
         critics.append(distill.load_critics(teacher))
         states.append(torch.from_numpy(datasets[task]["observations"]))
+        if case == "shared":
+            states[i] = torch.cat([torch.from_numpy(x["observations"]) for x in datasets.values()])
         labels.append(distill.load_actor(teacher)(states[i]))
     a = SimpleNamespace(**RUN | STEPS | {"seed": 4, "reg_lambda": 0.3} | DISTILL_CASES[case])
     levels = [LEVELS[task] for task in tasks]
@@ -674,7 +707,7 @@ def test_distillation_equals_a_plain_loop(world, case):
             return {f"loss/kl/{tasks[i]}": (1.0, kl.sum(dim=1))}
         parts = {f"loss/mse/{tasks[i]}": (1.0, row_squares(student(x) - label))}
         for j, other_task in enumerate(tasks):
-            if case != "mse" and j != i:
+            if "regularizer" in DISTILL_CASES[case] and j != i:
                 h1, h2 = distill.hidden_layers(student, x)
                 other_h1, other_h2 = distill.hidden_layers(student, coded(obs, codes[j]))
                 rank = distill.RANKING_LOSSES[case]
@@ -683,90 +716,44 @@ def test_distillation_equals_a_plain_loop(world, case):
         return parts
 
     student, metrics = plain_student(tasks, codes, states, labels, a, loss)
-    assert_resume_point({"student": student})
-    checkpoint = load("run/student.pt")
-    assert_close(checkpoint["actor"], student)
-    assert losses_at(8) == pytest.approx(metrics, abs=2e-5)
-    for i, task in enumerate(tasks):
-        assert_returns(checkpoint, student, task, codes[i])
-    steps = [row[0] for row in read_csv("run/returns.csv")]
-    assert steps == ["5"] * 2 * len(tasks) + ["8"] * 3 * len(tasks)
+    assert_student(student, metrics, tasks, codes)
 
 
-# ------------------------------------------------------------------ data sharing and Q-switch
-def union(datasets, task, sources) -> dict:
-    """The data of the sources with the rewards of a task."""
-    parts = []
-    for source in sources:
-        parts.append(datasets[source] | {"rewards": rewards_of(task, datasets[source])})
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def winners_of(teachers, states) -> list:
-    """Of every state the teacher that values its own action most."""
-    lowest = []
-    for teacher in teachers:
-        action = oqs.load_actor(teacher)(states)
-        lowest.append(oqs.load_critics(teacher)(states, action).min(dim=0).values)
-    return [row.index(max(row)) for row in torch.stack(lowest, dim=1).tolist()]
-
-
-EXTENSION_CASES = {
-    "two tasks": (TASKS, NUMBERS, CLONING),
-    "three tasks": (tuple(SLOPES)[::-1], FLAGS, {"common_seed": True, "task_encoding": "onehot"}),
+# ------------------------------------------------------------------------------------- Q-switch
+OQS_CASES = {
+    "two tasks": (TASKS, NUMBERS, "number"),
+    "three tasks": (tuple(SLOPES)[::-1], FLAGS, "onehot"),
 }
 
 
-@pytest.mark.parametrize("module", [ds, oqs])
-@pytest.mark.parametrize("case", EXTENSION_CASES)
-def test_data_sharing_and_q_switch_equal_plain_loops(world, module, case):
-    tasks, codes, more = EXTENSION_CASES[case]
-    settings = RUN | PBRL | STEPS | TEACHER_STEPS | {"seed": 6} | more
-    a = SimpleNamespace(**settings)
-    for name in ("learning_rate", "batch_size", "hidden"):
-        settings[name] = settings[f"teacher_{name}"]
-    teacher_a = SimpleNamespace(**settings | {"gradient_steps": a.teacher_steps})
-    datasets = write_inputs(tasks)  # with MOP's teachers, which the Q-switch takes
-    levels = [LEVELS[task] for task in tasks]
-    world(module, "--tasks", *tasks, "--level", *levels, *flags(vars(a)))
-
-    # teachers
+@pytest.mark.parametrize("case", OQS_CASES)
+def test_q_switch_equals_a_plain_loop(world, monkeypatch, case):
+    tasks, codes, encoding = OQS_CASES[case]
+    a = SimpleNamespace(**RUN | STEPS | {"seed": 6, "task_encoding": encoding})
+    datasets = write_data(tasks)
     teachers = {task: [] for task in tasks}
-    losses = losses_at(7)
-    sources = tasks if module is oqs else ["all"]
-    for task, source in product(tasks, sources):
-        if source == task:
-            teachers[task].append(load(f"checkpoints/{task}-{LEVELS[task]}-teacher.pt"))
-            continue
-        path = f"run/{task}-from-{source}-{LEVELS.get(source)}-teacher.pt"
-        label = f"{task} from {source}"
-        data_tasks = [source]
-        if module is ds:
-            path = f"run/{task}-{LEVELS[task]}-ds-teacher.pt"
-            label = f"{task} teacher"
-            data_tasks = list(tasks)
+    for seed, (task, source) in enumerate(product(tasks, tasks)):
+        name = f"{task}-from-{source}-{LEVELS[source]}-teacher"
+        if task == source:
+            name = f"{task}-{LEVELS[task]}-teacher"
+        path = write_toy_teacher(name, task, seed)
         teacher = load(path)
+        teacher["critics"]["w3"] *= 10  # values that differ more between states than teachers
+        torch.save(teacher, path)
         teachers[task].append(teacher)
-        stream = f" teacher {task} from {'+'.join(sorted(data_tasks))}"
-        if "common_seed" in more:
-            stream = ""
-        table = union(datasets, task, data_tasks)
-        networks, metrics = plain_pbrl([table], seed_of(f"6{stream}"), teacher_a)
-        assert_close(teacher["actor"], networks["actor"])
-        assert_close(teacher["critics"], networks["critics"])
-        assert teacher["step"] == 7 and teacher["data_tasks"] == data_tasks
-        assert teacher["level"] == LEVELS[task if module is ds else source]
-        assert_returns(teacher, networks["actor"], task)
-        for name, value in metrics[0].items():
-            assert losses[f"{label}/{name}"] == pytest.approx(value, abs=2e-5), name
+    monkeypatch.setattr(oqs, "q_switch", partial(oqs.q_switch, rows=7))  # the states in parts
+    levels = [LEVELS[task] for task in tasks]
+    world(oqs, "--tasks", *tasks, "--level", *levels, *flags(vars(a)))
 
-    # student
     states = torch.cat([torch.from_numpy(datasets[task]["observations"]) for task in tasks])
     labels = []
     winners = {}
     for task in tasks:
-        actions = torch.stack([module.load_actor(teacher)(states) for teacher in teachers[task]])
-        winners[task] = winners_of(teachers[task], states)
+        actions = torch.stack([oqs.load_actor(teacher)(states) for teacher in teachers[task]])
+        lowest = []
+        for teacher, action in zip(teachers[task], actions, strict=True):
+            lowest.append(oqs.load_critics(teacher)(states, action).min(dim=0).values)
+        winners[task] = [row.index(max(row)) for row in torch.stack(lowest, dim=1).tolist()]
         labels.append(actions[winners[task], range(len(states))])
 
     def loss(student, i, obs, label):
@@ -774,26 +761,14 @@ def test_data_sharing_and_q_switch_equal_plain_loops(world, module, case):
         return {f"loss/mse/{tasks[i]}": (1.0, rows)}
 
     student, metrics = plain_student(tasks, codes, [states] * len(tasks), labels, a, loss)
-    assert torch.equal(load("run/resume.pt")["random_states"][0], torch.get_rng_state())
-    checkpoint = load("run/student.pt")
-    assert_close(checkpoint["actor"], student)
-    assert losses_at(8) == pytest.approx(metrics, abs=2e-5)
-    for i, task in enumerate(tasks):
-        assert_returns(checkpoint, student, task, codes[i])
+    checkpoint = assert_student(student, metrics, tasks, codes)
 
     # whose actions were taken, on which task's states
-    if module is oqs:
-        start = 0
-        for source in tasks:
-            end = start + len(datasets[source]["rewards"])
-            for task, (j, other) in product(tasks, enumerate(tasks)):
-                share = winners[task][start:end].count(j) / (end - start)
-                assert checkpoint["switch"][task][source][f"from {other}"] == pytest.approx(share)
-            start = end
-
-    # rewards are kept where both scripts look for them
-    for source, task in permutations(tasks, 2):
-        arrays = datasets[source]
-        key = zlib.crc32(arrays["physics"], zlib.crc32(arrays["actions"]))
-        name = f"{source}-{LEVELS[source]}.{task}-{mujoco.__version__}-{key:08x}.npy"
-        np.testing.assert_allclose(np.load(f"data/{name}"), rewards_of(task, arrays), rtol=1e-6)
+    start = 0
+    for source in tasks:
+        end = start + len(datasets[source]["rewards"])
+        for task, (j, other) in product(tasks, enumerate(tasks)):
+            share = winners[task][start:end].count(j) / (end - start)
+            assert checkpoint["switch"][task][source][f"from {other}"] == pytest.approx(share)
+        start = end
+    assert any(len(set(rows)) > 1 for rows in winners.values())

@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import mop_ds as ds
-import mop_oqs as oqs
 import mop_pbrl_teacher as pbrl
-from test_loops import naive
 
 
 def by_hand(obs, action):
@@ -65,35 +62,30 @@ def test_actor_loss_by_hand():
     assert loss.item() == pytest.approx(1 / 1.5 + 0.7 * cloning)
 
 
-WITH_CLONING = pytest.mark.parametrize("module", [pbrl, ds, oqs, naive])
-
-
-@WITH_CLONING
-def test_cloning_weights_by_hand(module):
+def test_cloning_weights_by_hand():
     """Episodes of 2, 3, 1 and 1 transitions with returns 2, 6, 4 and 1; the last one is open."""
     rewards = torch.tensor([0.5, 1.5, 0.5, 3.5, 2.0, 4.0, 1.0])
     ends = torch.tensor([0, 1, 0, 0, 1, 1, 0]).bool()
     e = [math.exp((value - 6) / (0.5 * 6)) for value in (2, 6, 4, 1)]
     expected = np.array([e[0], e[0], e[1], e[1], e[1], e[2], e[3]])
-    weights = module.cloning_weights(rewards, ends, 0.5)
+    weights = pbrl.cloning_weights(rewards, ends, 0.5)
     assert weights.dtype == torch.float32
     np.testing.assert_allclose(weights, expected / expected.mean(), rtol=1e-6)
     # the lower the temperature, the more goes to the best: all of it in the end
-    weights = module.cloning_weights(rewards, ends, 1e-4)
+    weights = pbrl.cloning_weights(rewards, ends, 1e-4)
     np.testing.assert_allclose(weights, np.array([0, 0, 1, 1, 1, 0, 0]) * 7 / 3, rtol=1e-6)
     # costs: returns -2, -6, -4 and -1, of which -1 is the best
-    weights = module.cloning_weights(-rewards, ends, 0.5)
+    weights = pbrl.cloning_weights(-rewards, ends, 0.5)
     e = [math.exp((value + 1) / (0.5 * 6)) for value in (-2, -6, -4, -1)]
     expected = np.array([e[0], e[0], e[1], e[1], e[1], e[2], e[3]])
     np.testing.assert_allclose(weights, expected / expected.mean(), rtol=1e-6)
 
 
-@WITH_CLONING
-def test_cloning_weights_of_alike_episodes_are_one(module):
+def test_cloning_weights_of_alike_episodes_are_one():
     rewards = torch.tensor([1.0, 2.0, 3.0, 0.0, 0.0, 3.0])
     ends = torch.tensor([0, 1, 1, 0, 0, 1]).bool()  # returns 3, 3, 3
-    assert module.cloning_weights(rewards, ends, 0.1).tolist() == [1.0] * 6
+    assert pbrl.cloning_weights(rewards, ends, 0.1).tolist() == [1.0] * 6
     one_episode = torch.zeros(6, dtype=torch.bool)
-    assert module.cloning_weights(rewards, one_episode, 0.1).tolist() == [1.0] * 6
+    assert pbrl.cloning_weights(rewards, one_episode, 0.1).tolist() == [1.0] * 6
     other_ends = torch.tensor([1, 1, 1, 1, 1, 1]).bool()
-    assert module.cloning_weights(rewards, other_ends, math.inf).tolist() == [1.0] * 6
+    assert pbrl.cloning_weights(rewards, other_ends, math.inf).tolist() == [1.0] * 6

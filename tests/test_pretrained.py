@@ -9,7 +9,7 @@ import torch
 
 import mop_td3_collect as td3
 from conftest import ROOT, own_rewards
-from mop_distill import load_dataset
+from mop_pbrl_teacher import load_dataset
 
 TASKS = ["walker-stand", "walker-walk"]
 BUNDLED = ROOT / "pretrained"

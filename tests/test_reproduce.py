@@ -50,8 +50,8 @@ GRID = {
     "teacher": TEACHERS + PLAIN,
     "multitask": 3 * 3 + 3 + PLAIN,  # naive: levels x seeds; frozen: of medium
     "student": STUDENTS + LAYERS,
-    "ds": 2 * 4 + 1,  # and of a common seed
-    "oqs": 2 * 4,
+    "shared_teacher": 2 * (2 * 4 + 1 + 2 * 4),  # tasks x (DS; of a common seed; OQS)
+    "shared_student": 2 * 4 + 1 + 2 * 4,
     "measure": 3 * 4 + 2 * 2 * 4 + 4 + 1,  # MOP's of three levels; DS and OQS; of a common seed
     "activations": 3,
     "shift": 2 * (3 + 3) * 3,  # tasks x (levels, mixes) x seeds
@@ -225,6 +225,43 @@ def test_every_other_rule(chain):
         run = chain / f"reproduce/work/tiny/runs/{kind}/medium/seed1"
         resume_point = torch.load(run / "resume.pt", weights_only=True)
         assert resume_point["actor_optimizer"]["state"][0]["step"] == expected_steps
+
+
+BEYOND = [sys.executable, "-m", "snakemake", "--cores", "2"]
+BEYOND += ["--snakefile", str(ROOT / "reproduce/beyond.smk")]
+
+
+def beyond(folder, *args) -> str:
+    """What reproduce/beyond.smk prints that comes to its end."""
+    command = [*BEYOND, *args, "--config", f"folder={folder}", "scale=tiny"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def test_all_beyond_the_thesis(tmp_path):
+    text = beyond(tmp_path, "--quiet", "rules", "--dry-run")
+    jobs = {rule: int(number) for rule, number in re.findall(r"^(\w+) +(\d+)$", text, re.M)}
+    domains = 4 + 2 + 2 + 2  # tasks of cartpole, reacher, finger, hopper
+    amounts = 2 * 2 * 5  # tasks x levels x amounts; of 1M medium rows also in three_tasks
+    assert jobs["td3"] == domains + 3
+    assert jobs["behavior"] == domains + 3 + 2  # walker: medium, and expert but of run
+    assert jobs["data"] == domains + amounts + 1
+    assert jobs["teacher"] == 3 * (domains + amounts + 1)
+    assert jobs["student"] == jobs["measure"] == 3 * (4 + 2 + 2 * 5)
+
+
+@pytest.mark.slow
+def test_three_tasks_of_beyond(tmp_path):
+    student = "student/walker3-medium-1000000-onehot/seed1"
+    folder = tmp_path / "docs/results/beyond-tiny"
+    beyond(tmp_path, f"docs/results/beyond-tiny/measure/{student}.csv")
+    tasks = [*TASKS, "walker-run"]
+    final = [row["task"] for row in rows(folder / f"{student}.csv") if row["evaluation"] == "final"]
+    assert Counter(final) == dict.fromkeys(tasks, 2)
+    names = {row["measure"] for row in rows(folder / f"measure/{student}.csv")}
+    for pair in ("0-1", "0-2", "1-2"):
+        assert f"per-state tau-a {pair}" in names
 
 
 def test_frozen_actor_moves_once(monkeypatch):

@@ -1,18 +1,15 @@
 """examples/distill_reweighted.py: the weights against formulas, the draws, and a run of each."""
 
 import csv
-import sys
 from pathlib import Path
 
+import distill_reweighted as reweighted
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
 
-from conftest import ROOT, make_arrays, write_dataset, write_teacher
-
-sys.path.insert(0, str(ROOT / "examples"))
-import distill_reweighted as reweighted
+from conftest import make_arrays, write_dataset, write_teacher
 
 
 def test_value_of_the_behaviour():
