@@ -87,6 +87,13 @@ def test_the_whole_grid(tmp_path):
     assert planned(tmp_path, scale="laptop") == GRID | {"cross": 3 * 1}
 
 
+def test_reweighted_students_and_what_they_are_compared_with(tmp_path):
+    jobs = planned(tmp_path, "reweighting", scale="laptop")
+    widths = shifted = seeds = 3
+    assert jobs["reweighted"] == 3 * widths * shifted * seeds  # three kinds of weights
+    assert jobs["student"] == widths * seeds * (shifted + 2)  # drawn alike; online of both levels
+
+
 def test_every_figure_and_table_is_a_target(tmp_path):
     parts = SNAKEFILE.read_text().partition("PARTS = ")[2].partition("\n}")[0]
     targets = re.findall(r'^    "(\w+)":', parts, re.M)
