@@ -72,16 +72,17 @@ DATASET = {  # arrays of a dataset and their types
 }
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; others from lower ones
 LAPTOP = {  # defaults with --scale laptop
-    "gradient_steps": 30_000,
+    "gradient_steps": 15_000,
     "batch_size": 256,
-    "learning_rate": 3e-4,
+    "learning_rate": 1e-3,
+    "policy_frequency": 1,
     "num_ood": 1,
     "tau": 0.02,
     "actor_tau": 0.02,
     "policy_noise": 0.05,
     "beta_ood_decay": 0.9997,
     "anneal": 0.5,
-    "bc_coef": 1.0,
+    "bc_coef": 3.0,
     "matmul_precision": "medium",
 }
 

@@ -71,9 +71,9 @@ OWN_DEFAULTS = {
     },
 }
 LAPTOP_TEACHER = {
-    "gradient_steps": 30_000, "batch_size": 256, "learning_rate": 3e-4,
+    "gradient_steps": 15_000, "batch_size": 256, "learning_rate": 1e-3, "policy_frequency": 1,
     "num_ood": 1, "tau": 0.02, "actor_tau": 0.02, "policy_noise": 0.05,
-    "beta_ood_decay": 0.9997, "anneal": 0.5, "bc_coef": 1.0, "matmul_precision": "medium",
+    "beta_ood_decay": 0.9997, "anneal": 0.5, "bc_coef": 3.0, "matmul_precision": "medium",
 }
 LAPTOP_STUDENT = {"gradient_steps": 20_000, "learning_rate": 1e-3}
 LAPTOP = {
