@@ -484,7 +484,7 @@ def time_work(work: str, args, folder: Path, data: list, overhead, peer) -> dict
         return {"seconds": (time.perf_counter() - start) * 1000 / num_episodes}
     if work == "load":
         path = made_up_dataset(folder / "large.npz", TASKS[0], args.transitions)
-        load = partial(mop_distill.load_dataset, path, TASKS[0], "medium", OBS, ACT)
+        load = partial(mop_pbrl_teacher.load_dataset, path, TASKS[0], "medium", OBS, ACT)
         return {"seconds": median_time(load, 3) * 1e6 / args.transitions}
     return memory(folder, args.transitions)
 
