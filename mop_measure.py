@@ -25,7 +25,7 @@ Kornblith et al. 2019 (arXiv 1905.00414).
 In: checkpoints, datasets; any or all of them.
 
 Out: in the run's folder under runs/ measure.json with everything; of a student also activations.png
-and activations_sorted.png (Fig. 6.3) and <task>.gif; of others <checkpoint>-<row>-<task>.gif.
+and activations_sorted.png (Fig. 6.3).
 """
 
 import json
@@ -52,13 +52,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
-from PIL import Image
 from scipy.stats import rankdata
 from torch.optim import Adam
 from tqdm import tqdm
 
 if __name__ == "__main__":
-    os.environ["MUJOCO_GL"] = "disable"  # GIFs are rendered in another process, see write_gifs
+    os.environ["MUJOCO_GL"] = "disable"  # nothing is rendered here, whatever the shell asks for
 import mujoco
 from dm_control import suite
 from dm_control.rl.control import PhysicsError
@@ -76,11 +75,6 @@ SPLIT = {  # shares of the episodes to train, stop and test the classifier of th
     "validation": (0.6, 0.8),
     "test": (0.8, 1.0),
 }
-GL_LIBRARIES = {  # that may render the GIFs, and their packages of Debian and Ubuntu
-    "egl": "libegl1 libgl1",
-    "osmesa": "libosmesa6",
-}
-GIF_FPS = 10  # pictures per second of a GIF, which plays in real time
 
 
 @dataclass
@@ -104,8 +98,6 @@ class Args:
     """folder of the results; default: runs/<script, time>"""
     overwrite: bool = False
     """replace files of an earlier run"""
-    gif: bool = True
-    """render every policy's first episode of each task"""
 
     # algorithm
     tau_states: int = 100_000
@@ -492,8 +484,6 @@ def main():
     report = {"args": vars(args), "versions": VERSIONS}
     start = time.time()
 
-    films = {}  # name -> task and physics states of the first episode
-
     # the student in each task, under its own id
     if args.student:
         visited = {}
@@ -511,7 +501,6 @@ def main():
             episodes = run_episodes(student, task, seeds, args.threads, code=codes[i].tolist())
             states = np.concatenate([episode["observations"][:-1] for episode in episodes])
             visited[task] = torch.from_numpy(states).to(device)
-            films[task] = (task, episodes[0]["physics"])
             report["returns"][task] = return_statistics(episodes)
             report["states"][task] = len(states)
             print(f"{task}: return {text_of(report['returns'][task])}, {len(episodes)} episodes")
@@ -534,10 +523,9 @@ def main():
     # every policy under the reward of every task
     if teachers:
         report["cross_task"] = []
-    for i, teacher in enumerate(teachers):
-        path = Path(args.teachers[i])
+    for path, teacher in zip(args.teachers, teachers, strict=True):
         row = {
-            "checkpoint": path.name,
+            "checkpoint": Path(path).name,
             "kind": teacher["kind"],
             "task": teacher["tasks"][0],
             "returns": {},
@@ -547,7 +535,6 @@ def main():
         for task in args.tasks:
             seeds = range(EVAL_SEED, EVAL_SEED + args.cross_episodes)
             episodes = run_episodes(actor, task, seeds, args.threads)
-            films[f"{path.stem}-{i}-{task}"] = (task, episodes[0]["physics"])
             row["returns"][task] = return_statistics(episodes)
             line += f" {task} {text_of(row['returns'][task])}"
         report["cross_task"].append(row)
@@ -566,12 +553,7 @@ def main():
             print(f"{name} {shift[name]['value']:.3f} +- {shift[name]['error']:.3f}{large}")
         print(f"AUC {shift['auc']:.3f}, accuracy {shift['accuracy']:.3f}")
 
-    # pictures, files
-    if films and args.gif:
-        reason = write_gifs(films, run_dir)
-        report["gif"] = None if reason else [f"{name}.gif" for name in films]
-        report["gif_reason"] = reason
-        print(f"no GIF: {reason}" if reason else f"wrote {', '.join(report['gif'])} in {run_dir}")
+    # file
     report["seconds"] = round(time.time() - start)
     temporary = run_dir / ".measure.json"
     temporary.write_text(json.dumps(null_for_nan(report), indent=1) + "\n")
@@ -776,58 +758,6 @@ def plot_activations(path: Path, report: dict, ascending: bool) -> None:
     figure.legend(handles=axes.lines[::-1], loc="outside upper center", ncols=len(tasks))
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, path)
-
-
-def write_gifs(films: dict, run_dir: Path) -> str | None:
-    """run_dir/<name>.gif of every film (task, physics states) -> None, or why there is no GIF.
-
-    A process of its own renders, since dm_control takes the GL library from MUJOCO_GL when it is
-    imported, and one that is missing or crashes then costs nothing but the GIFs.
-    """
-    reasons = []
-    before = os.environ.get("MUJOCO_GL", "")
-    for library, packages in GL_LIBRARIES.items():
-        os.environ["MUJOCO_GL"] = library  # the new process takes over this environment
-        try:
-            with ProcessPoolExecutor(1, get_context("spawn")) as executor:
-                for name, (task, states) in films.items():
-                    executor.submit(write_gif, run_dir / f"{name}.gif", task, states).result()
-            return None
-        except Exception as error:  # whatever the library does
-            reasons.append(f"{library} (Debian: apt-get install {packages}): {error!r:.300}")
-        finally:
-            os.environ["MUJOCO_GL"] = before
-    return "; ".join(reasons)
-
-
-def write_gif(path: Path, task: str, states: np.ndarray) -> None:
-    """The film of evaluation episode 0, whose physics states are (T, state)."""
-    env = make_env(task)
-    env.task.random.seed(EVAL_SEED)
-    env.reset()  # some tasks, such as reacher, draw their target into the model
-    physics = env.physics
-    camera_id = 0 if physics.model.ncam else -1
-    fast = {"shadow": False, "reflection": False}  # a third of the time where no GPU renders
-    stride = max(1, round(1 / (GIF_FPS * env.control_timestep())))
-    frames = []
-    for state in states[::stride]:
-        physics.set_state(state)
-        physics.forward()
-        frame = physics.render(240, 320, camera_id=camera_id, render_flag_overrides=fast)
-        frames.append(Image.fromarray(frame))
-    palette = frames[0].quantize(64)  # one for all, so that what does not move takes no space
-    pictures = []
-    for frame in frames:
-        pictures.append(frame.quantize(palette=palette, dither=Image.Dither.NONE))
-    temporary = path.with_name(f".{path.name}")
-    pictures[0].save(
-        temporary,
-        save_all=True,
-        append_images=pictures[1:],
-        duration=round(1000 * stride * env.control_timestep()),
-        loop=0,
-    )
     os.replace(temporary, path)
 
 

@@ -1,4 +1,4 @@
-"""Load a student and let it act for one episode.
+"""Load a student, or another policy, and let it act for one episode.
 
   python examples/run_student.py --student runs/<name>/student.pt --task walker-walk
 
@@ -19,9 +19,9 @@ from PIL import Image
 @dataclass
 class Args:
     student: str
-    """student.pt of mop_distill.py or mop_oqs.py"""
+    """student.pt, or the checkpoint of a teacher or a behaviour"""
     task: str = "walker-walk"
-    """one of the student's tasks"""
+    """task to act in, for a student one of its own"""
     seed: int = 2**31
     """seed of the initial state"""
     gif: str | None = None
@@ -37,15 +37,18 @@ def main(args: Args) -> float:
     from dm_control import suite
     from dm_control.suite.wrappers import action_scale
 
-    # student
+    # policy
     checkpoint = torch.load(args.student, map_location="cpu", weights_only=True)
     sizes = checkpoint["sizes"]
     hidden = sizes["hidden"]
     action_dim = sizes["action_dim"]
-    out_dim = 2 * action_dim if sizes["log_std"] else action_dim  # loss kl: means, log stds
+    out_dim = action_dim
+    if sizes.get("log_std"):  # a Gaussian policy: means, then log stds
+        out_dim = 2 * action_dim
+    first = [nn.LayerNorm(hidden), nn.Tanh()] if sizes["layer_norm"] else [nn.ReLU()]
     net = nn.Sequential(
         nn.Linear(sizes["in_dim"], hidden),
-        nn.ReLU(),
+        *first,
         nn.Linear(hidden, hidden),
         nn.ReLU(),
         nn.Linear(hidden, out_dim),
@@ -53,12 +56,13 @@ def main(args: Args) -> float:
     )
     nn.ModuleDict({"net": net}).load_state_dict(checkpoint["actor"])  # names begin with "net."
 
-    # the task's id, as the student reads it: a number, or a flag per task
-    task_id = checkpoint["tasks"].index(args.task)
-    if sizes["task_encoding"] == "onehot":
-        code = np.eye(len(checkpoint["tasks"]))[task_id]
-    else:
+    # the task's id, as a student reads it: a number, or a flag per task
+    code = []
+    if "task_encoding" in sizes:
+        task_id = checkpoint["tasks"].index(args.task)
         code = [task_id]
+    if sizes.get("task_encoding") == "onehot":
+        code = np.eye(len(checkpoint["tasks"]))[task_id]
 
     # episode
     domain, _, name = args.task.partition("-")

@@ -224,6 +224,6 @@ rule measure:
         run=f"{WORK}/runs/measure/{STUDENT}",
         flags=flags("measure"),
     shell:
-        "{PYTHON} {ROOT}/mop_measure.py --student {input.student} --no-gif --run-dir {params.run}"
+        "{PYTHON} {ROOT}/mop_measure.py --student {input.student} --run-dir {params.run}"
         " {params.flags} --overwrite --threads {threads} >> {log} 2>&1; "
         "{RECORD} {output} {params.run}/measure.json"

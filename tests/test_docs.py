@@ -56,7 +56,7 @@ TINY = {  # appended: the last one of two equal flags counts
     "mop_ds": TRAINING,
     "mop_oqs": TRAINING,
     "mop_measure": "--episodes 1 --cross-episodes 1 --tau-states 50 --cka-states 100"
-    " --shift-states 1000 --no-gif --threads 1 --overwrite",
+    " --shift-states 1000 --threads 1 --overwrite",
     "run_student": "",
 }
 LAST_LINE = {"run_student": r"walker-\w+: return \d"}  # of what is printed; else: wrote

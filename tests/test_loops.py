@@ -66,7 +66,7 @@ OWN_DEFAULTS = {
     "oqs": {},
     "naive": {"actor": "deterministic", "gradient_steps": 1_000_000},
     "measure": {
-        "student": None, "episodes": 1000, "cross_episodes": 100, "shift": None, "gif": True,
+        "student": None, "episodes": 1000, "cross_episodes": 100, "shift": None,
         "tau_states": 100_000, "cka_states": 100_000, "shift_states": 100_000,
     },
 }

@@ -16,7 +16,7 @@ from PIL import Image
 
 import mop_distill
 import mop_measure
-from conftest import ROOT
+from conftest import ROOT, write_teacher
 from test_docs import BLOCK, TOUR, apply_diff
 
 SEED = 2**31 + 3
@@ -85,6 +85,19 @@ def test_returns_are_those_of_the_scripts(tmp_path, sizes, task, encoding, log_s
         other_code = [1 - number for number in code]
         others = mop_measure.run_episodes(actor, task, [SEED], 1, code=other_code)
         assert abs(found - others[0]["rewards"].sum()) > 1e-3
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_returns_of_behaviours_and_teachers(tmp_path, layer_norm):
+    actor = mop_measure.Actor(24, 6, 8, layer_norm)
+    path = tmp_path / "policy.pt"
+    write_teacher(path, actor=actor.state_dict())
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["sizes"]["layer_norm"] = layer_norm
+    torch.save(checkpoint, path)
+    found = run_student.main(run_student.Args(str(path), "walker-walk", SEED))
+    (episode,) = mop_measure.run_episodes(actor, "walker-walk", [SEED], 1)
+    assert found == pytest.approx(episode["rewards"].sum(), rel=1e-9)
 
 
 def test_the_tours_lines_earn_the_same(tmp_path, monkeypatch, capsys):
