@@ -5,8 +5,8 @@
 Of a policy the mean return over its 100 last episodes; ± and bars: 95% intervals over seeds by the
 t distribution, none for one seed. All students of a group have the teachers of seed 1.
 
-In: docs/results/beyond. Out: docs/domains.png and docs/amount.png, and what stands between the
-markers of docs/beyond.md.
+In: docs/results/beyond, and docs/results/laptop for the wider students. Out: docs/domains.png and
+docs/amount.png, and what stands between the markers of docs/beyond.md.
 """
 
 import csv
@@ -29,6 +29,7 @@ from figures import COLOURS, interval  # noqa: E402
 
 CONFIG = yaml.safe_load((ROOT / "reproduce/beyond.yaml").read_text())
 AMOUNTS = CONFIG["transitions"]
+WIDTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
 @dataclass
@@ -56,7 +57,7 @@ def final_return(path: Path, task: str) -> float | None:
 def over_seeds(folder: Path, task: str) -> list[float]:
     """The final return of each seed that has been run."""
     returns = []
-    for path in sorted(folder.glob("seed*.csv")):
+    for path in sorted(folder.glob("seed?.csv")):  # and not seed1-tau.csv
         returns.append(final_return(path, task))
     return returns
 
@@ -163,6 +164,31 @@ def amount_shares(results, task, level, amount, behavior) -> tuple[list[float], 
     return share(teachers, behavior), share(students, behavior)
 
 
+def wide_table(results: Path, laptop: Path) -> str:
+    """Students by width; one that has no losses yet is left out, it may have older teachers."""
+    columns = ["states", "width", "walker-stand", "walker-walk"]
+    columns += ["loss on its states", "on the teachers' own"]
+    lines = [f"| {' | '.join(columns)} |", "|---|---|---|---|---|---|"]
+    for states in ("random90", "random99"):
+        for width in WIDTHS:
+            name = f"mse-none-{width}-{states}-medium-medium"
+            losses = {"training": [], "teacher": []}  # a mean over tasks for each seed
+            for path in sorted((results / f"losses/{name}").glob("seed*.csv")):
+                rows = read(path)
+                for kind, values in losses.items():
+                    found = [float(row["loss"]) for row in rows if row["states"] == kind]
+                    values.append(float(np.mean(found)))
+            if not losses["training"]:
+                continue
+            cells = [states, f"{width}"]
+            for task in ("walker-stand", "walker-walk"):
+                cells.append(text(over_seeds(laptop / f"student/{name}", task)))
+            for values in losses.values():
+                cells.append(text(values, digits=4))
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def draw_domains(results: Path, path: Path) -> None:
     """Per task the returns of behaviour, teachers and students side by side."""
     found = defaultdict(list)  # name of the bar -> (mean, half the interval) of each task
@@ -242,6 +268,7 @@ def main():
         "three_tasks": three_tasks_table(results),
         "sharing": sharing_table(results),
         "amount": amount_table(results),
+        "wide": wide_table(results, docs / "results/laptop"),
     }
     page = docs / "beyond.md"
     text_of_page = page.read_text()

@@ -6,13 +6,16 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
-from conftest import ROOT
+import mop_distill as distill
+from conftest import ROOT, make_arrays, write_dataset, write_teacher
 
 pytest.importorskip("yaml")  # which snakemake brings
 sys.path.append(str(ROOT / "reproduce"))
 figures = importlib.import_module("beyond_figures")
+losses = importlib.import_module("losses")
 
 MOST = max(figures.AMOUNTS)
 COLUMNS = ["policy", "task", "evaluation", "step", "episode", "return"]
@@ -25,6 +28,8 @@ old
 <!-- table sharing -->
 <!-- end -->
 <!-- table amount -->
+<!-- end -->
+<!-- table wide -->
 <!-- end -->
 The end.
 """
@@ -95,3 +100,66 @@ def test_amount_of_data(lines, tmp_path):
     assert "| 30,000 | walker-walk | medium | 60.0 (1) |  |" in lines
     assert (tmp_path / "amount.png").stat().st_size > 5000
     assert "| walker-walk | 500.0 |  |  |  |" in lines  # of three tasks
+
+
+def test_losses_of_wide_students(tmp_path, monkeypatch):
+    """Returns of the laptop's students beside the losses; a student without losses is left out."""
+    returns = {"walker__stand": 400, "walker__walk": 300}
+    for width in (64, 1024):
+        folder = tmp_path / f"results/laptop/student/mse-none-{width}-random90-medium-medium"
+        write_returns(folder / "seed1.csv", **returns)
+        write(folder / "seed1-tau.csv", ["step"], [[1]])
+    columns = ["states", "task", "loss"]
+    rows = [["training", "walker-stand", 0.1], ["training", "walker-walk", 0.3]]
+    rows += [["teacher", "walker-stand", 0.5], ["teacher", "walker-walk", 1.5]]
+    name = "mse-none-1024-random90-medium-medium"
+    write(tmp_path / f"results/beyond/losses/{name}/seed1.csv", columns, rows)
+    (tmp_path / "beyond.md").write_text(PAGE)
+    monkeypatch.setattr(sys, "argv", ["beyond_figures.py", "--docs", str(tmp_path)])
+    figures.main()
+    page = (tmp_path / "beyond.md").read_text()
+    row = "| random90 | 1024 | 400.0 (1) | 300.0 (1) | 0.2000 (1) | 1.0000 (1) |"
+    assert row in page
+    assert "| random90 | 64 |" not in page
+
+
+@pytest.mark.parametrize("encoding", ["number", "onehot"])
+def test_losses_of_a_student(tmp_path, monkeypatch, encoding):
+    """Against plain products of its weights, on two sets of states."""
+    tasks = ["walker-stand", "walker-walk"]
+    codes = np.eye(2) if encoding == "onehot" else np.array([[0.0], [1.0]])
+    student = distill.Actor(24 + codes.shape[1], 6, 8)
+    sizes = {"in_dim": 24 + codes.shape[1], "obs_dim": 24, "action_dim": 6, "hidden": 8}
+    checkpoint = {
+        "kind": "student",
+        "tasks": tasks,
+        "level": ["medium", "medium"],
+        "sizes": sizes | {"log_std": None, "task_encoding": encoding},
+        "actor": student.state_dict(),
+    }
+    torch.save(checkpoint, tmp_path / "student.pt")
+    monkeypatch.setattr(losses, "CHUNK", 150)  # 200 states
+    monkeypatch.chdir(tmp_path)
+    argv = ["losses.py", "out/losses.csv", "student.pt", "--teachers", "t0.pt", "t1.pt"]
+    argv += ["--data", "training0.npz", "training1.npz"]
+    argv += ["--teacher-data", "teacher0.npz", "teacher1.npz"]
+    expected = []
+    for s, states in enumerate(("training", "teacher")):
+        for i, task in enumerate(tasks):
+            arrays = make_arrays(seed=2 * s + i)
+            write_dataset(tmp_path / f"{states}{i}.npz", task, arrays)
+            write_teacher(tmp_path / f"t{i}.pt", task, seed=i)
+            teacher = distill.load_actor(torch.load(tmp_path / f"t{i}.pt", weights_only=True))
+            x = np.hstack([arrays["observations"], np.tile(codes[i], (200, 1))])
+            for j in (0, 2, 4):
+                layer = student.net[j]
+                x = x @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
+                x = np.tanh(x) if j == 4 else np.maximum(x, 0)
+            target = teacher(torch.from_numpy(arrays["observations"])).numpy()
+            expected.append((states, task, np.square(x - target).sum(axis=1).mean()))
+    monkeypatch.setattr(sys, "argv", argv)
+    losses.main()
+    with open("out/losses.csv", newline="") as file:
+        found = [(row["states"], row["task"], float(row["loss"])) for row in csv.DictReader(file)]
+    for row, (states, task, loss) in zip(found, expected, strict=True):
+        assert row == (states, task, pytest.approx(loss, rel=1e-4))

@@ -94,6 +94,11 @@ def test_reweighted_students_and_what_they_are_compared_with(tmp_path):
     assert jobs["student"] == widths * seeds * (shifted + 2)  # drawn alike; online of both levels
 
 
+def test_wider_students_and_their_losses(tmp_path):
+    jobs = planned(tmp_path, "wide", scale="laptop")
+    assert jobs["student"] == jobs["losses"] == 8 * 2 * 3  # widths, mixes, seeds
+
+
 def test_every_figure_and_table_is_a_target(tmp_path):
     parts = SNAKEFILE.read_text().partition("PARTS = ")[2].partition("\n}")[0]
     targets = re.findall(r'^    "(\w+)":', parts, re.M)
