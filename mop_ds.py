@@ -4,11 +4,11 @@
 
 The reward functions are known, so each task's data serves the others, with rewards of its own:
 
-  r_{j->i} = R_i(s, a, s'), dm_control's reward of the stored physics state of s'
+  r_{j->i} = R_i(s, a, s'), dm_control's reward of the stored action and physics state of s'
 
-Teacher i learns with PBRL, all as in mop_pbrl_teacher.py, from the union over the sources j of the
-data D_{j->i}. Its student is distilled on the union of all states, every state fed to every
-teacher: mop_distill.py --states shared. Teachers of a single source j are those of the Q-switch
+Teacher i learns with PBRL, all as in mop_pbrl_teacher.py, from the data of all sources j together,
+with these rewards. The student of such teachers is distilled on all states of all tasks:
+mop_distill.py --states shared. Teachers of a single source j are those of the Q-switch
 (mop_oqs.py): --sources walker-stand.
 
 Source: van Lith 2024, section 6.4.2.
@@ -35,6 +35,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, partial
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
@@ -177,7 +178,7 @@ class Args:
 
 # ------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
-    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or `gaussian`'s two halves."""
+    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or of a Gaussian means, log stds."""
 
     def __init__(self, in_dim: int, out_dim: int, hidden: int):
         super().__init__()
@@ -199,7 +200,7 @@ class Critics(nn.Module):
 
     def __init__(self, num_critics: int, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        sizes = [(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)]
+        sizes = [(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)]  # see forward, too
         for j, (n_in, n_out) in enumerate(sizes, start=1):
             layers = [nn.Linear(n_in, n_out) for _ in range(num_critics)]  # torch's initialisation
             weight = torch.stack([layer.weight.detach().T for layer in layers])
@@ -226,19 +227,19 @@ class Critics(nn.Module):
 def compute_rewards(task: str, physics: np.ndarray, actions: np.ndarray) -> np.ndarray:
     """R_i(s, a, s') from the physics states of s', (N, state), and actions (N, act) -> (N,).
 
-    Stops at a task whose reward is no function of these, as where a reset draws a goal.
+    Stops at a task whose reward needs more than these, such as a goal that a reset draws.
     """
     env = make_env(task)
     low, high = env.physics.model.actuator_ctrlrange.T
-    controls = low + (high - low) * (actions.astype(np.float64) + 1) / 2
+    controls = low + (high - low) * (actions.astype(np.float64) + 1) / 2  # from [-1, 1]
 
-    def reward(row):
-        env.physics.set_state(physics[row])
-        env.physics.set_control(controls[row])
+    def reward(i):
+        env.physics.set_state(physics[i])
+        env.physics.set_control(controls[i])
         env.physics.forward()
         return env.task.get_reward(env.physics)
 
-    # another reset must change neither rewards nor where the model has its bodies and targets
+    # another reset must change neither these rewards nor where the model has its bodies and targets
     sample = np.linspace(0, len(physics) - 1, 200).astype(int)
     resets = []
     model = env.physics.model
@@ -246,12 +247,11 @@ def compute_rewards(task: str, physics: np.ndarray, actions: np.ndarray) -> np.n
         env.task.random.seed(seed)
         env.reset()
         positions = [*model.body_pos.flat, *model.geom_pos.flat, *model.site_pos.flat]
-        resets.append([reward(row) for row in sample] + positions)
-    same = np.ptp(resets, axis=0).max() < 1e-6
-    cause = "its reward depends on what a reset draws, not on physics state and action alone"
-    check(same, f"task {task}: {cause}")
-    rows = tqdm(range(len(physics)), desc=f"rewards of {task}", leave=False, disable=None)
-    return np.array([reward(row) for row in rows], np.float32)
+        resets.append([reward(i) for i in sample] + positions)
+    difference = np.ptp(resets, axis=0).max()
+    check(difference < 1e-6, f"task {task}: its reward depends on what a reset draws")
+    states = tqdm(range(len(physics)), desc=f"rewards of {task}", leave=False, disable=None)
+    return np.array([reward(i) for i in states], np.float32)
 
 
 # --------------------------------------------------------------------------------------- losses
@@ -357,7 +357,7 @@ def main():
     check(len(domains) == 1, f"--sources: expected tasks of one domain, found {domains}")
     obs_dim, action_dim = task_sizes([args.task, *args.sources])
 
-    # outputs
+    # files
     name = f"{args.task}-{args.level}-ds-teacher"
     if num_sources == 1:
         name = f"{args.task}-from-{args.sources[0]}-{args.level}-teacher"
@@ -387,10 +387,10 @@ def main():
     run_dir = make_run_dir(args, output.stem)
 
     # networks
-    own_name = f" teacher {args.task} from {'+'.join(sorted(args.sources))}"
+    seed_text = f"{args.seed} teacher {args.task} from {'+'.join(sorted(args.sources))}"
     if args.common_seed:
-        own_name = ""
-    torch.manual_seed(zlib.crc32(f"{args.seed}{own_name}".encode()))
+        seed_text = f"{args.seed}"
+    torch.manual_seed(zlib.crc32(seed_text.encode()))
     actor = Actor(obs_dim, action_dim, args.hidden).to(device)
     critics = Critics(args.num_critics, obs_dim, action_dim, args.hidden).to(device)
     target_actor = deepcopy(actor)
@@ -446,6 +446,7 @@ def main():
         actor_optimizer.zero_grad()
         loss.backward(inputs=list(actor.parameters()))  # gradients for the actor only
         actor_optimizer.step()
+        return loss.detach()
 
     def update_targets():
         move_target(target_critics, critics, args.tau)
@@ -465,7 +466,7 @@ def main():
         index = torch.randint(num_transitions, (args.batch_size,), device=device)
         metrics = update_critics(index, beta_ood)
         if step % args.policy_frequency == 0:
-            update_actor(index)
+            metrics["loss/actor"] = update_actor(index)
         update_targets()
         last = step == args.gradient_steps
         evaluate = last or step % args.eval_every == 0
@@ -560,7 +561,7 @@ def parse_args():
 
 
 def find_file(path: str) -> str:
-    """The path, else the bundled file of that name in pretrained/, here or above this script."""
+    """The path, else that name in pretrained/, beside this script or in a folder above."""
     candidates = [Path(path)]
     for folder in Path(__file__).resolve().parents:
         candidates.append(folder / "pretrained" / Path(path).name)
@@ -695,7 +696,7 @@ def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> 
         data[name] = np.ascontiguousarray(array, dtype)
         check(np.isfinite(data[name]).all(), f"{path}: {name}: found NaN or infinite values")
     check(np.abs(data["actions"]).max() <= 1, f"{path}: expected actions in [-1, 1]")
-    data["timeouts"][-1] = not data["terminals"][-1]  # though the recording is cut there
+    data["timeouts"][-1] = not data["terminals"][-1]  # the last row ends an episode, too
     data["metadata"] = metadata
     return data
 
@@ -715,10 +716,11 @@ def check_physics(path, data: dict, task: str) -> None:
 def relabel(path, data: dict, task: str) -> np.ndarray:
     """The dataset's rewards under another task, (N,), kept in a file beside it.
 
-    The file's name holds MuJoCo's version and a check sum of the states and actions.
+    The file's name holds the simulator's versions and a check sum of the states and actions.
     """
     key = zlib.crc32(data["physics"], zlib.crc32(data["actions"]))
-    name = f"{Path(path).stem}.{task}-{mujoco.__version__}-{key:08x}.npy"
+    versions = f"{mujoco.__version__}-{version('dm_control')}"
+    name = f"{Path(path).stem}.{task}-{versions}-{key:08x}.npy"
     cache_path = Path(path).with_name(name)
     if cache_path.exists():
         try:

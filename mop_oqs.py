@@ -4,15 +4,16 @@
 
 Teacher ij learned task i from the data of task j alone, with the rewards of task i (mop_ds.py
 --task i --sources j); the ii are MOP's teachers (mop_pbrl_teacher.py). The student is distilled on
-all states s of the union, where task i is taught by the teacher that values its own action most;
-its loss is a mean over tasks and states of
+all states s of all tasks. In each, task i is taught by that teacher ij which gives its own action
+the highest value; the loss is a mean over tasks and states of
 
   || pi_ij^T(s) - pi^S(s, i) ||_2^2, j = argmax_j min_k Q_{ij,k}(s, pi_ij^T(s))
 
 Source: van Lith 2024, section 6.4.3.
 
-In: of every task data/<task>-<level>.npz and checkpoints/<task>-<level>-teacher.pt, else the
-bundled files in pretrained/; of all pairs checkpoints/<task i>-from-<task j>-<level>-teacher.pt.
+In: of every task data/<task>-<level>.npz and checkpoints/<task>-<level>-teacher.pt, and of every
+pair i != j checkpoints/<task i>-from-<task j>-<level>-teacher.pt; else the bundled files in
+pretrained/.
 
 Out: in the run's folder under runs/ student.pt, returns.csv, losses.csv and TensorBoard logs.
 """
@@ -31,7 +32,6 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, partial
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
@@ -90,7 +90,7 @@ class Args:
     data: tuple[str, ...] = ()
     """dataset files, one per task, instead of data/<task>-<level>.npz"""
     teachers: tuple[str, ...] = ()
-    """teacher checkpoints of all pairs of tasks, the task they act in slowest"""
+    """teacher checkpoints, one per pair: task 0 from the data of task 0, 1, ..; then task 1; .."""
 
     # algorithm
     task_encoding: Literal["number", "onehot"] = "number"
@@ -117,7 +117,7 @@ class Args:
 
 # ------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
-    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or `gaussian`'s two halves."""
+    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or of a Gaussian means, log stds."""
 
     def __init__(self, in_dim: int, out_dim: int, hidden: int):
         super().__init__()
@@ -139,7 +139,7 @@ class Critics(nn.Module):
 
     def __init__(self, num_critics: int, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        sizes = [(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)]
+        sizes = [(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)]  # see forward, too
         for j, (n_in, n_out) in enumerate(sizes, start=1):
             layers = [nn.Linear(n_in, n_out) for _ in range(num_critics)]  # torch's initialisation
             weight = torch.stack([layer.weight.detach().T for layer in layers])
@@ -211,11 +211,10 @@ def main():
     check(len(data_paths) == num_tasks, "--data: expected one file per task")
     teacher_paths = list(args.teachers)  # of all pairs of tasks
     if not teacher_paths:
-        for task, source in product(args.tasks, range(num_tasks)):
-            name = f"{task}-from-{names[source]}-teacher"
-            if args.tasks[source] == task:
-                name = f"{names[source]}-teacher"
-            teacher_paths.append(find_file(f"checkpoints/{name}.pt"))
+        for i, task in enumerate(args.tasks):
+            for j, source in enumerate(names):
+                name = f"{source}-teacher" if i == j else f"{task}-from-{source}-teacher"
+                teacher_paths.append(find_file(f"checkpoints/{name}.pt"))
     check(len(teacher_paths) == num_tasks**2, f"--teachers: expected {num_tasks**2} files")
 
     # states, and what the frozen teachers say about them
@@ -225,33 +224,33 @@ def main():
         print(f"task {i}: {task}, {len(parts[i])} states of {data_paths[i]}")
     states = torch.cat(parts)
     num_states = [len(part) for part in parts]
-    labels = []
-    teacher_returns = []  # per task, in words
-    switch = {}  # task -> source of the states -> teacher -> share of these states that it wins
+    labels = []  # per task the chosen teacher's action in every state, (N, act)
+    teacher_texts = []  # per task the returns of its teachers
+    switch = {}  # task -> whose states -> teacher -> share of these states that it wins
     for i, task in enumerate(args.tasks):
         teachers = []
-        returns = []
+        texts = []
         for j, source in enumerate(args.tasks):
             path = teacher_paths[i * num_tasks + j]
             teacher = load_teacher(path, task, obs_dim, action_dim)
-            found = teacher.get("data_tasks", [source])
+            found = teacher.get("data_tasks", teacher["tasks"])  # without it: of its own task
             check(found == [source], f"{path}: expected a teacher from {source}, found {found}")
             check(not teacher["sizes"]["log_std"], f"{path}: found a Gaussian teacher")
             teachers.append((load_actor(teacher).to(device), load_critics(teacher).to(device)))
             mean = np.mean(teacher["returns"][task])
-            returns.append(f"from {source} {mean:.1f}")
+            texts.append(f"from {source} {mean:.1f}")
             print(f"{task} from {source}: {path}, return {mean:.1f}")
-        teacher_returns.append(", ".join(returns))
+        teacher_texts.append(", ".join(texts))
         actions, winners = q_switch(teachers, states)
         labels.append(actions)
         switch[task] = {}
-        for source, part in zip(args.tasks, winners.split(num_states), strict=True):
+        for state_task, part in zip(args.tasks, winners.split(num_states), strict=True):
             shares = {}
-            for j, data_task in enumerate(args.tasks):
-                shares[f"from {data_task}"] = (part == j).float().mean().item()
-            switch[task][source] = shares
+            for j, source in enumerate(args.tasks):
+                shares[f"from {source}"] = (part == j).float().mean().item()
+            switch[task][state_task] = shares
             text = ", ".join(f"{share:.1%} {label}" for label, share in shares.items())
-            print(f"switch: {task}, on the states of {source}: {text}")
+            print(f"switch: {task}, on the states of {state_task}: {text}")
 
     # student
     torch.manual_seed(zlib.crc32(f"{args.seed} student".encode()))
@@ -323,7 +322,7 @@ def main():
                 episodes = run_episodes(student, task, seeds, args.threads, code=code)
                 returns[task] = log_returns(writer, rows["returns"], step, task, episodes)
                 report += f" {task} {np.mean(returns[task]):.1f} +- {np.std(returns[task]):.1f}"
-                report += f" ({teacher_returns[i]})"
+                report += f" ({teacher_texts[i]})"
             progress.write(report)
             progress.set_postfix({task: f"{np.mean(returns[task]):.0f}" for task in args.tasks})
 
@@ -403,7 +402,7 @@ def parse_args():
 
 
 def find_file(path: str) -> str:
-    """The path, else the bundled file of that name in pretrained/, here or above this script."""
+    """The path, else that name in pretrained/, beside this script or in a folder above."""
     candidates = [Path(path)]
     for folder in Path(__file__).resolve().parents:
         candidates.append(folder / "pretrained" / Path(path).name)

@@ -177,7 +177,7 @@ class Args:
 
 # ------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
-    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or `gaussian`'s two halves."""
+    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or of a Gaussian means, log stds."""
 
     def __init__(self, in_dim: int, out_dim: int, hidden: int):
         super().__init__()
@@ -199,7 +199,7 @@ class Critics(nn.Module):
 
     def __init__(self, num_critics: int, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        sizes = [(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)]
+        sizes = [(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)]  # see forward, too
         for j, (n_in, n_out) in enumerate(sizes, start=1):
             layers = [nn.Linear(n_in, n_out) for _ in range(num_critics)]  # torch's initialisation
             weight = torch.stack([layer.weight.detach().T for layer in layers])
@@ -358,8 +358,10 @@ def main():
     run_dir = make_run_dir(args, output.stem)
 
     # networks
-    own_name = "" if args.common_seed else f" teacher {args.task} from {args.task}"
-    torch.manual_seed(zlib.crc32(f"{args.seed}{own_name}".encode()))
+    seed_text = f"{args.seed} teacher {args.task} from {args.task}"
+    if args.common_seed:
+        seed_text = f"{args.seed}"
+    torch.manual_seed(zlib.crc32(seed_text.encode()))
     log_std_bounds = LOG_STD[args.actor]
     out_dim = 2 * action_dim if log_std_bounds else action_dim
     actor = Actor(obs_dim, out_dim, args.hidden).to(device)
@@ -419,6 +421,7 @@ def main():
         actor_optimizer.zero_grad()
         loss.backward(inputs=list(actor.parameters()))  # gradients for the actor only
         actor_optimizer.step()
+        return loss.detach()
 
     def update_targets():
         move_target(target_critics, critics, args.tau)
@@ -438,7 +441,7 @@ def main():
         index = torch.randint(num_transitions, (args.batch_size,), device=device)
         metrics = update_critics(index, beta_ood)
         if step % args.policy_frequency == 0:
-            update_actor(index)
+            metrics["loss/actor"] = update_actor(index)
         update_targets()
         last = step == args.gradient_steps
         evaluate = last or step % args.eval_every == 0
@@ -530,7 +533,7 @@ def parse_args():
 
 
 def find_file(path: str) -> str:
-    """The path, else the bundled file of that name in pretrained/, here or above this script."""
+    """The path, else that name in pretrained/, beside this script or in a folder above."""
     candidates = [Path(path)]
     for folder in Path(__file__).resolve().parents:
         candidates.append(folder / "pretrained" / Path(path).name)
@@ -665,7 +668,7 @@ def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> 
         data[name] = np.ascontiguousarray(array, dtype)
         check(np.isfinite(data[name]).all(), f"{path}: {name}: found NaN or infinite values")
     check(np.abs(data["actions"]).max() <= 1, f"{path}: expected actions in [-1, 1]")
-    data["timeouts"][-1] = not data["terminals"][-1]  # though the recording is cut there
+    data["timeouts"][-1] = not data["terminals"][-1]  # the last row ends an episode, too
     data["metadata"] = metadata
     return data
 

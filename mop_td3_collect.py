@@ -184,7 +184,7 @@ class Critics(nn.Module):
 
     def __init__(self, num_critics: int, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        sizes = [(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)]
+        sizes = [(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)]  # see forward, too
         for j, (n_in, n_out) in enumerate(sizes, start=1):
             layers = [nn.Linear(n_in, n_out) for _ in range(num_critics)]  # torch's initialisation
             weight = torch.stack([layer.weight.detach().T for layer in layers])

@@ -156,7 +156,7 @@ class Args:
 
 # ------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
-    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or `gaussian`'s two halves."""
+    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or of a Gaussian means, log stds."""
 
     def __init__(self, in_dim: int, out_dim: int, hidden: int):
         super().__init__()
@@ -178,7 +178,7 @@ class Critics(nn.Module):
 
     def __init__(self, num_critics: int, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        sizes = [(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)]
+        sizes = [(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)]  # see forward, too
         for j, (n_in, n_out) in enumerate(sizes, start=1):
             layers = [nn.Linear(n_in, n_out) for _ in range(num_critics)]  # torch's initialisation
             weight = torch.stack([layer.weight.detach().T for layer in layers])
@@ -686,7 +686,7 @@ def parse_args():
 
 
 def find_file(path: str) -> str:
-    """The path, else the bundled file of that name in pretrained/, here or above this script."""
+    """The path, else that name in pretrained/, beside this script or in a folder above."""
     candidates = [Path(path)]
     for folder in Path(__file__).resolve().parents:
         candidates.append(folder / "pretrained" / Path(path).name)
@@ -821,7 +821,7 @@ def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> 
         data[name] = np.ascontiguousarray(array, dtype)
         check(np.isfinite(data[name]).all(), f"{path}: {name}: found NaN or infinite values")
     check(np.abs(data["actions"]).max() <= 1, f"{path}: expected actions in [-1, 1]")
-    data["timeouts"][-1] = not data["terminals"][-1]  # though the recording is cut there
+    data["timeouts"][-1] = not data["terminals"][-1]  # the last row ends an episode, too
     data["metadata"] = metadata
     return data
 

@@ -19,15 +19,13 @@ import mop_ds as ds
 import mop_oqs as oqs
 import mop_pbrl_teacher as pbrl
 import mop_td3_collect as td3
-from test_loops import TASKS, load, use_world, write_inputs
+from test_loops import TASKS, load, use_world, write_inputs, write_toy_teacher
 
 FORBIDDEN = ["_local_scalar_dense", "lift_fresh", "nonzero", "is_nonzero", "equal"]
 TINY = ["--eval-episodes", 1, "--final-eval-episodes", 1, "--hidden", 8, "--batch-size", 16]
 STEPS = ["--gradient-steps", 20, "--eval-every", 10]
 TEACHER = ["--task", "toy-up", "--bc-coef", 1, *STEPS]
 STUDENT = ["--tasks", *TASKS, "--level", "medium", "expert", *STEPS]
-SWITCH = ["--teachers", *["checkpoints/toy-up-medium-teacher.pt"] * 2]
-SWITCH += ["checkpoints/toy-down-expert-teacher.pt"] * 2
 TD3 = ["--task", "toy-up", "--total-timesteps", 60, "--eval-every", 60, "--medium-step", 60]
 TD3 += ["--learning-starts", 40, "--datasets", "medium-replay"]
 CASES = {
@@ -37,7 +35,7 @@ CASES = {
     "onehot ndcg": (distill, [*STUDENT, "--task-encoding", "onehot", "--regularizer", "ndcg"]),
     "q pairwise": (distill, [*STUDENT, "--loss", "q", "--regularizer", "pairwise"]),
     "ds": (ds, [*TEACHER, "--sources", "toy-up"]),
-    "oqs": (oqs, [*STUDENT, *SWITCH]),
+    "oqs": (oqs, STUDENT),
     "naive": (naive, [*STUDENT, "--anneal", 0.5]),
     "td3": (td3, TD3),
 }
@@ -121,6 +119,11 @@ def end_of_run(run_main, monkeypatch):
     """Runs a script in World: its weights and Adam's moments, all tensors of its resume point."""
     use_world(monkeypatch)
     write_inputs(TASKS)
+    for name, task, source in (
+        ("toy-up-from-toy-down-expert-teacher", "toy-up", "toy-down"),
+        ("toy-down-from-toy-up-medium-teacher", "toy-down", "toy-up"),
+    ):
+        write_toy_teacher(name, task, data_tasks=[source])
 
     def run(module, run_dir, *flags):
         outcome = run_main(module, *flags, "--run-dir", run_dir, "--overwrite")

@@ -42,7 +42,7 @@ TEACHER = ["--task", "walker-stand", "--data", "d.npz", "--output", "teacher.pt"
 TEACHER_RUN = [*TEACHER, "--run-dir", "run", "--gradient-steps", 2]
 SHARED = ["--task", "walker-walk", "--sources", "walker-stand", *TEACHER[2:]]
 TWO_TASKS = ["--tasks", "walker-stand", "walker-walk", "--data", "d.npz", "w.npz", *TINY]
-SWITCH = [*TWO_TASKS, "--teachers", "t.pt", "t.pt", "w.pt", "w.pt"]
+SWITCH = [*TWO_TASKS, "--teachers", "t.pt", "tw.pt", "wt.pt", "w.pt"]
 NAIVE = [*TWO_TASKS, "--output", "teacher.pt"]
 RUNS = {pbrl: TEACHER, ds: SHARED, distill: STUDENT, oqs: SWITCH, naive: NAIVE}
 EACH_RUN = pytest.mark.parametrize("module", RUNS, ids=lambda module: module.__name__)
@@ -58,11 +58,16 @@ def equal(one, other) -> bool:
 
 
 def write_inputs():
-    """A dataset and a teacher of walker-stand, d.npz and t.pt; of walker-walk w.npz and w.pt."""
+    """A dataset and a teacher of walker-stand, d.npz and t.pt; of walker-walk w.npz and w.pt.
+
+    wt.pt learned walker-walk from the data of walker-stand, tw.pt the other way round.
+    """
     for name, task in (("d", "walker-stand"), ("w", "walker-walk")):
         write_dataset(Path(f"{name}.npz"), task)
     write_teacher(Path("t.pt"))
     write_teacher(Path("w.pt"), "walker-walk")
+    write_teacher(Path("tw.pt"), data_tasks=["walker-walk"])
+    write_teacher(Path("wt.pt"), "walker-walk", data_tasks=["walker-stand"])
 
 
 @pytest.fixture

@@ -289,10 +289,10 @@ def write_data(tasks, levels=LEVELS) -> dict:
     return datasets
 
 
-def write_toy_teacher(name, task, seed=0, log_std=None) -> Path:
+def write_toy_teacher(name, task, seed=0, log_std=None, **changes) -> Path:
     """A teacher that was not trained."""
     path = Path(f"checkpoints/{name}.pt")
-    return write_teacher(path, task, "teacher", 3, 2, 8, seed, log_std)
+    return write_teacher(path, task, "teacher", 3, 2, 8, seed, log_std, **changes)
 
 
 def write_inputs(tasks) -> dict:
@@ -528,6 +528,7 @@ def plain_pbrl(tables, seed, a, log_std=None, codes=((),)):
                     weight = plain_cloning_weights(table, a.bc_temperature)[index]
                     cloning = (weight * row_squares(action - b)).mean()
                     loss = loss / lowest.abs().mean().item() + a.bc_coef * cloning
+                actor_loss = loss.item()
                 minimise(actor_adam, loss)
             follow(target_critics[i], critics[i], a.tau)
             table_metrics = {
@@ -539,6 +540,8 @@ def plain_pbrl(tables, seed, a, log_std=None, codes=((),)):
                 "uncertainty/ood": u.mean().item(),
                 "beta_ood": beta_ood,
             }
+            if step % a.policy_frequency == 0:
+                table_metrics["loss/actor"] = actor_loss
             metrics.append(table_metrics)
         follow(target_actor, actor, a.actor_tau)
     networks = {"actor": actor, "target_actor": target_actor}
@@ -561,7 +564,7 @@ PBRL_CASES = {
     "deterministic": {},
     "gaussian": {"actor": "gaussian"},
     "gaussian-tanh": {"actor": "gaussian-tanh"},
-    "cloning, annealed": CLONING,
+    "cloning, annealed": CLONING | {"policy_frequency": 2},  # the last step moves the actor
     "common seed": {"common_seed": True},
     "data sharing": {"sources": tuple(SLOPES)} | CLONING,
     "data of another task": {"sources": ("toy-down",)},
@@ -601,7 +604,9 @@ def test_pbrl_equals_a_plain_loop(world, case):
     assert [row[0] for row in read_csv("run/returns.csv")] == ["5"] * 2 + ["8"] * 3
 
 
-@pytest.mark.parametrize("more", [{"actor": "gaussian"}, CLONING | {"common_seed": True}])
+@pytest.mark.parametrize(
+    "more", [{"actor": "gaussian"}, CLONING | {"common_seed": True, "policy_frequency": 2}]
+)
 def test_naive_multitask_pbrl_equals_a_plain_loop(world, more):
     a = SimpleNamespace(**RUN | PBRL | STEPS | {"seed": 3} | more)
     datasets = write_data(TASKS)
@@ -736,7 +741,7 @@ def test_q_switch_equals_a_plain_loop(world, monkeypatch, case):
         name = f"{task}-from-{source}-{LEVELS[source]}-teacher"
         if task == source:
             name = f"{task}-{LEVELS[task]}-teacher"
-        path = write_toy_teacher(name, task, seed)
+        path = write_toy_teacher(name, task, seed, data_tasks=[source])
         teacher = load(path)
         teacher["critics"]["w3"] *= 10  # values that differ more between states than teachers
         torch.save(teacher, path)
