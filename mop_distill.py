@@ -45,9 +45,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch import Tensor, nn
 from torch.optim import Adam
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.tensorboard import SummaryWriter
@@ -150,45 +150,17 @@ class Actor(nn.Module):
             nn.Tanh(),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
-class Critics(nn.Module):
-    """K independent Q-networks with stacked weights, (B, obs), (B, act) -> (K, B)."""
-
-    def __init__(self, num_critics: int, obs_dim: int, action_dim: int, hidden: int):
-        super().__init__()
-        sizes = [(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)]  # see forward, too
-        for j, (n_in, n_out) in enumerate(sizes, start=1):
-            layers = [nn.Linear(n_in, n_out) for _ in range(num_critics)]  # torch's initialisation
-            weight = torch.stack([layer.weight.detach().T for layer in layers])
-            bias = torch.stack([layer.bias.detach()[None] for layer in layers])
-            self.register_parameter(f"w{j}", nn.Parameter(weight))  # (K, n_in, n_out)
-            self.register_parameter(f"b{j}", nn.Parameter(bias))  # (K, 1, n_out)
-
-    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([obs, action], dim=1)
-        if x.is_cuda:  # one batched product per layer
-            x = x.expand(len(self.w1), *x.shape)
-            h = F.relu(torch.baddbmm(self.b1, x, self.w1))
-            h = F.relu(torch.baddbmm(self.b2, h, self.w2))
-            return torch.baddbmm(self.b3, h, self.w3).squeeze(-1)
-        values = []
-        for k in range(len(self.w1)):  # on a CPU faster than batched products
-            h = F.relu(torch.addmm(self.b1[k], x, self.w1[k]))
-            h = F.relu(torch.addmm(self.b2[k], h, self.w2[k]))
-            values.append(torch.addmm(self.b3[k], h, self.w3[k]).squeeze(-1))
-        return torch.stack(values)
-
-
 # --------------------------------------------------------------------------------------- losses
-def add_code(obs: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+def add_code(obs: Tensor, code: Tensor) -> Tensor:
     """States with a task's code appended, (B, obs), (code,) -> (B, obs + code)."""
     return torch.cat([obs, code.expand(len(obs), -1)], dim=1)
 
 
-def gaussian(output: torch.Tensor, bounds) -> tuple[torch.Tensor, torch.Tensor]:
+def gaussian(output: Tensor, bounds) -> tuple[Tensor, Tensor]:
     """Mean and log std, (B, act) each, of an actor's output (B, 2 act) in [-1, 1].
 
     bounds: the log std that -1 and 1 stand for.
@@ -198,17 +170,28 @@ def gaussian(output: torch.Tensor, bounds) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, low + (high - low) * (unit + 1) / 2
 
 
-def mse_loss(action: torch.Tensor, teacher_action: torch.Tensor) -> torch.Tensor:
+def mse_loss(action: Tensor, teacher_action: Tensor) -> Tensor:
     """|| pi^T(s) - pi^S(s, i) ||^2, summed over action dimensions (5.1.3). (B, act) -> (B,)."""
     return (teacher_action - action).square().sum(dim=1)
 
 
-def q_loss(action: torch.Tensor, obs: torch.Tensor, critics: Critics) -> torch.Tensor:
+def q_values(critics: dict, obs: Tensor, action: Tensor) -> Tensor:
+    """Q_k(s, a) of a teacher's K critics, (B, obs), (B, act) -> (K, B).
+
+    critics: their weights as in a checkpoint, w1 (K, obs + act, hidden), b1 (K, 1, hidden), w2, ..
+    """
+    x = torch.cat([obs, action], dim=1)
+    h = F.relu(x @ critics["w1"] + critics["b1"])  # (K, B, hidden)
+    h = F.relu(h @ critics["w2"] + critics["b2"])
+    return (h @ critics["w3"] + critics["b3"]).squeeze(-1)
+
+
+def q_loss(action: Tensor, obs: Tensor, critics: dict) -> Tensor:
     """- min_k Q_{i,k}^T(s, pi^S(s, i)) (5.1.3). (B, act), (B, obs) -> (B,)."""
-    return -critics(obs, action).min(dim=0).values
+    return -q_values(critics, obs, action).min(dim=0).values
 
 
-def kl_loss(output: torch.Tensor, teacher_output: torch.Tensor, bounds) -> torch.Tensor:
+def kl_loss(output: Tensor, teacher_output: Tensor, bounds) -> Tensor:
     """KL(student || teacher) of diagonal Gaussians (5.1.3). (B, 2 act) -> (B,).
 
     The last line of the thesis's derivation has the sign of the log term reversed;
@@ -221,7 +204,7 @@ def kl_loss(output: torch.Tensor, teacher_output: torch.Tensor, bounds) -> torch
     return 0.5 * (log_ratio.exp() + distance - 1 - log_ratio).sum(dim=1)
 
 
-def hidden_layers(actor: Actor, x: torch.Tensor) -> list[torch.Tensor]:
+def hidden_layers(actor: Actor, x: Tensor) -> list[Tensor]:
     """Activations of every hidden layer after its ReLU, (B, hidden) each."""
     activations = []
     for layer in actor.net:
@@ -231,7 +214,7 @@ def hidden_layers(actor: Actor, x: torch.Tensor) -> list[torch.Tensor]:
     return activations
 
 
-def ndcg_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def ndcg_loss(x: Tensor, y: Tensor) -> Tensor:
     """- NDCG of the scores y in the order of x (6.3.2). (B, n) -> (B,).
 
     An order has no gradient, so the gradient flows through y only: the activations under the
@@ -245,12 +228,12 @@ def ndcg_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return -gain / best_gain.clamp(min=1e-8)
 
 
-def listwise_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def listwise_loss(x: Tensor, y: Tensor) -> Tensor:
     """- sum_i softmax(y)_i log softmax(x)_i (6.3.2). (B, n) -> (B,)."""
     return -(y.softmax(dim=1) * x.log_softmax(dim=1)).sum(dim=1)
 
 
-def pairwise_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def pairwise_loss(x: Tensor, y: Tensor) -> Tensor:
     """sum_ij log(1 + exp(-(x_i - x_j) (y_i - y_j))) (6.3.2). (B, n) -> (B,).
 
     The (B, n, n) terms exist for 16 rows at a time, and are computed again in the backward pass.
@@ -271,7 +254,7 @@ def pairwise_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 RANKING_LOSSES = {"ndcg": ndcg_loss, "pairwise": pairwise_loss, "listwise": listwise_loss}
 
 
-def ranking_regularizer(ranking_loss, student: Actor, x, other_x) -> torch.Tensor:
+def ranking_regularizer(ranking_loss, student: Actor, x, other_x) -> Tensor:
     """sum over hidden layers j of L_rank(l_j(s, i), l_j(s, i')) (6.3.2). (B, in_dim) -> (B,).
 
     x: states under their own task id; other_x: the same states under another one.
@@ -282,7 +265,7 @@ def ranking_regularizer(ranking_loss, student: Actor, x, other_x) -> torch.Tenso
     return torch.stack(losses).sum(dim=0)
 
 
-def pair_signs(x: torch.Tensor) -> torch.Tensor:
+def pair_signs(x: Tensor) -> Tensor:
     """sign(x_i - x_j) of every pair of a row's values, (B, n) -> (B, n, n) int8."""
     left = x[:, :, None]
     right = x[:, None, :]
@@ -290,7 +273,7 @@ def pair_signs(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def kendall_tau(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def kendall_tau(x: Tensor, y: Tensor) -> Tensor:
     """Kendall's tau-a between rows of x and y (6.2.1). (B, n) -> (B,) float64.
 
     Pairs (i, j) that x and y order alike, less those that they order differently, over all pairs;
@@ -305,7 +288,7 @@ def kendall_tau(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def layer_taus(student: Actor, obs: torch.Tensor, code, other_code) -> list[torch.Tensor]:
+def layer_taus(student: Actor, obs: Tensor, code, other_code) -> list[Tensor]:
     """Per hidden layer, tau between its activations under two task codes. (B, obs) -> (B,)."""
     layers = hidden_layers(student, add_code(obs, code))
     other_layers = hidden_layers(student, add_code(obs, other_code))
@@ -321,7 +304,7 @@ def main():
     check(num_tasks > 1 or args.regularizer == "none", "--regularizer: expected two tasks or more")
     check(len(args.level) in (1, num_tasks), "--level: expected one level, or one per task")
     levels = args.level if len(args.level) == num_tasks else args.level * num_tasks
-    obs_dim, action_dim = task_sizes(args.tasks)
+    obs_dim, action_dim = task_sizes(args.tasks[0])  # the files have to agree
 
     # files
     names = [f"{task}-{level}" for task, level in zip(args.tasks, levels, strict=True)]
@@ -352,7 +335,8 @@ def main():
         with torch.no_grad():
             labels.append(torch.cat([actor(part) for part in states[i].split(65_536)]))
         if args.loss == "q":
-            critics.append(load_critics(teacher).to(device))
+            weights = teacher["critics"]
+            critics.append({name: weight.to(device) for name, weight in weights.items()})
         log_std_bounds.append(teacher["sizes"]["log_std"])  # None of a deterministic teacher
         teacher_returns.append(np.mean(teacher["returns"][task]))
         print(f"teacher {i}: {teacher_paths[i]}, return {teacher_returns[i]:.1f}")
@@ -578,17 +562,11 @@ def make_env(task: str):
     return env
 
 
-def task_sizes(tasks) -> tuple[int, int]:
-    """Sizes of observations and actions, which all tasks have in common."""
-    sizes = {}
-    for task in tasks:
-        env = make_env(task)
-        (obs_dim,) = env.observation_spec()["observations"].shape
-        (action_dim,) = env.action_spec().shape
-        sizes[task] = (obs_dim, action_dim)
-    alike = len(set(sizes.values())) == 1
-    check(alike, f"tasks: expected the same sizes of observations and actions, found {sizes}")
-    return sizes[tasks[0]]
+def task_sizes(task: str) -> tuple[int, int]:
+    """Sizes of a task's observations and actions."""
+    env = make_env(task)
+    obs_shape = env.observation_spec()["observations"].shape
+    return obs_shape[0], env.action_spec().shape[0]
 
 
 def run_episodes(policy: nn.Module, task: str, seeds, workers: int, **options) -> list[dict]:
@@ -620,33 +598,30 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
     """One whole episode, the policy on the CPU with one state at a time.
 
     pickled: the policy, (1, obs + code) -> (1, act), of a Gaussian one the mean comes first;
-    seed: of the initial state; code: the task id as the policy reads it. Returns arrays:
-    observations (T + 1, obs), actions (T, act), rewards (T,), physics (T + 1, state).
+    seed: of the initial state; code: the task id as the policy reads it. Returns the states in
+    which it acted, observations (T, obs), and rewards (T,).
     """
     policy = pickle.loads(pickled)
     env = make_env(task)
     action_dim = env.action_spec().shape[0]
-    episode = {"observations": [], "actions": [], "rewards": [], "physics": []}
+    observations = []
+    rewards = []
     env.task.random.seed(seed)
     time_step = env.reset()
-    while True:
+    while not time_step.last():
         obs = time_step.observation["observations"].astype(np.float32)
-        episode["observations"].append(obs)
-        episode["physics"].append(env.physics.get_state())
-        if time_step.last():
-            break
         x = torch.from_numpy(np.append(obs, code).astype(np.float32))
         action = policy(x[None])[0, :action_dim].numpy()
         try:
             time_step = env.step(action)
         except PhysicsError:  # an unstable state: the episode counts as it stands
             break
-        episode["actions"].append(action)
-        episode["rewards"].append(time_step.reward)
-    return {name: np.array(values) for name, values in episode.items()}
+        observations.append(obs)
+        rewards.append(time_step.reward)
+    return {"observations": np.array(observations), "rewards": np.array(rewards)}
 
 
-def load_observations(path, task: str, level: str, obs_dim: int) -> torch.Tensor:
+def load_observations(path, task: str, level: str, obs_dim: int) -> Tensor:
     """The states of a dataset .npz as in docs/formats.md, (N, obs), checked."""
     try:
         damaged = zipfile.ZipFile(path).testzip()  # np.load checks only what it reads
@@ -659,7 +634,7 @@ def load_observations(path, task: str, level: str, obs_dim: int) -> torch.Tensor
     check(damaged is None, f"{path}: damaged bytes in {damaged}")
     expected = (task, level, SCHEMA_VERSION)
     check(found == expected, f"{path}: expected (task, level, schema) {expected}, found {found}")
-    fits = obs.ndim == 2 and obs.shape[1] == obs_dim and len(obs) > 0 and obs.dtype.kind == "f"
+    fits = obs.shape == (len(obs), obs_dim) and obs.dtype.kind == "f"
     expected = f"expected floats (N, {obs_dim})"
     check(fits, f"{path}: observations: {expected}, found {obs.dtype} {obs.shape}")
     obs = np.ascontiguousarray(obs, np.float32)
@@ -702,15 +677,6 @@ def load_actor(checkpoint: dict) -> Actor:
     return actor.requires_grad_(False)
 
 
-def load_critics(teacher: dict) -> Critics:
-    """The frozen critics of a teacher's checkpoint."""
-    sizes = teacher["sizes"]
-    num_critics = len(teacher["critics"]["w1"])
-    critics = Critics(num_critics, sizes["obs_dim"], sizes["action_dim"], sizes["hidden"])
-    critics.load_state_dict(teacher["critics"])
-    return critics.requires_grad_(False)
-
-
 def log(writer: SummaryWriter, rows: list, step: int, metrics: dict) -> None:
     """Metrics to TensorBoard and to the rows of losses.csv; stop at one that is not finite."""
     for name, value in metrics.items():
@@ -751,7 +717,7 @@ def check_finite(name, content) -> None:
     if isinstance(content, dict):
         for key, part in content.items():
             check_finite(f"{name}: {key}", part)
-    if isinstance(content, torch.Tensor):
+    if isinstance(content, Tensor):
         check(content.isfinite().all(), f"{name}: NaN or infinite values")
 
 

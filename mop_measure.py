@@ -48,11 +48,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
-from scipy.stats import rankdata
+from torch import Tensor, nn
 from torch.optim import Adam
 from tqdm import tqdm
 
@@ -130,16 +129,16 @@ class Actor(nn.Module):
             nn.Tanh(),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
-def add_code(obs: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+def add_code(obs: Tensor, code: Tensor) -> Tensor:
     """States with a task's code appended, (B, obs), (code,) -> (B, obs + code)."""
     return torch.cat([obs, code.expand(len(obs), -1)], dim=1)
 
 
-def hidden_layers(actor: Actor, x: torch.Tensor) -> list[torch.Tensor]:
+def hidden_layers(actor: Actor, x: Tensor) -> list[Tensor]:
     """Activations of every hidden layer after its ReLU, (B, hidden) each."""
     activations = []
     for layer in actor.net:
@@ -150,7 +149,7 @@ def hidden_layers(actor: Actor, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 # --------------------------------------------------------------------------- shared computation
-def pair_signs(x: torch.Tensor) -> torch.Tensor:
+def pair_signs(x: Tensor) -> Tensor:
     """sign(x_i - x_j) of every pair of a row's values, (B, n) -> (B, n, n) int8."""
     left = x[:, :, None]
     right = x[:, None, :]
@@ -158,7 +157,7 @@ def pair_signs(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def kendall_tau(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def kendall_tau(x: Tensor, y: Tensor) -> Tensor:
     """Kendall's tau-a between rows of x and y (6.2.1). (B, n) -> (B,) float64.
 
     Pairs (i, j) that x and y order alike, less those that they order differently, over all pairs;
@@ -172,7 +171,7 @@ def kendall_tau(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.cat(taus)
 
 
-def kendall_taus(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def kendall_taus(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Kendall's tau-a and tau-b between rows of x and y. (B, n) -> (B,), (B,) float64.
 
     tau-b divides by the pairs that are not tied instead of all pairs (by the geometric mean of
@@ -184,7 +183,7 @@ def kendall_taus(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.
     return tau_a, tau_a / (untied_x * untied_y).sqrt()
 
 
-def hsic(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def hsic(x: Tensor, y: Tensor) -> Tensor:
     """n (n - 3) times the unbiased HSIC (Song et al. 2012) of centred (n, p) and (n, q) -> ().
 
     With K = x x' and L = y y', both with 0 on the diagonal, it is
@@ -200,14 +199,14 @@ def hsic(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return products + squares_x.sum() * squares_y.sum() / ((n - 1) * (n - 2))
 
 
-def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
+def linear_cka(x: Tensor, y: Tensor) -> float:
     """Debiased linear CKA of features of n states, (n, p), (n, q), n > 3 (arXiv 1905.00414)."""
     x = x.double() - x.mean(dim=0, dtype=torch.float64)
     y = y.double() - y.mean(dim=0, dtype=torch.float64)
     return (hsic(x, y) / (hsic(x, x) * hsic(y, y)).sqrt()).item()
 
 
-def mean_activations(student: Actor, obs: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+def mean_activations(student: Actor, obs: Tensor, code: Tensor) -> Tensor:
     """Mean of every neuron over states, (N, obs) -> (2 layers, hidden) float64."""
     total = 0
     for part in obs.split(16_384):
@@ -216,7 +215,7 @@ def mean_activations(student: Actor, obs: torch.Tensor, code: torch.Tensor) -> t
     return total / len(obs)
 
 
-def describe(taus: torch.Tensor) -> dict:
+def describe(taus: Tensor) -> dict:
     """Mean and std over the states where tau is defined, and how many are left out (NaN)."""
     defined = taus[~taus.isnan()]
     variance = (defined - defined.mean()).square().mean()
@@ -227,7 +226,7 @@ def describe(taus: torch.Tensor) -> dict:
     }
 
 
-def per_state_taus(student: Actor, obs: torch.Tensor, code, other_code):
+def per_state_taus(student: Actor, obs: Tensor, code, other_code):
     """tau-a and tau-b of every hidden layer under two task codes, (N, obs) -> (layers, N) each."""
     taus_a = []
     taus_b = []
@@ -240,7 +239,7 @@ def per_state_taus(student: Actor, obs: torch.Tensor, code, other_code):
     return torch.cat(taus_a, dim=1), torch.cat(taus_b, dim=1)
 
 
-def shared_computation(student: Actor, codes: torch.Tensor, visited: dict, args) -> dict:
+def shared_computation(student: Actor, codes: Tensor, visited: dict, args) -> dict:
     """What the student computes for each task, and how alike under two task ids.
 
     codes: (task, code); visited: the states of each task, (N, obs). Returns parts of the report.
@@ -252,12 +251,8 @@ def shared_computation(student: Actor, codes: torch.Tensor, visited: dict, args)
 
     # samples of the states of all tasks
     states = torch.cat(list(visited.values()))
-    num_states = torch.tensor([len(part) for part in visited.values()])
-    visited_in = torch.arange(len(tasks)).repeat_interleave(num_states)
     order = torch.from_numpy(np.random.default_rng(args.seed).permutation(len(states)))
-    tau_index = order[: args.tau_states]
-    tau_obs = states[tau_index]
-    tau_visited_in = visited_in[tau_index]
+    tau_obs = states[order[: args.tau_states]]
     cka_obs = states[order[: args.cka_states]]
 
     rows = []
@@ -267,19 +262,12 @@ def shared_computation(student: Actor, codes: torch.Tensor, visited: dict, args)
         features = hidden_layers(student, add_code(cka_obs, codes[i]))
         other_features = hidden_layers(student, add_code(cka_obs, codes[j]))
         for layer in range(len(features)):
-            by_task = {}
-            for k, task in enumerate(tasks):
-                by_task[task] = {
-                    "tau_a": describe(taus_a[layer, tau_visited_in == k]),
-                    "tau_b": describe(taus_b[layer, tau_visited_in == k]),
-                }
             row = {
                 "ids": [i, j],
                 "layer": layer + 1,
                 "per_state": {
                     "tau_a": describe(taus_a[layer]),
                     "tau_b": describe(taus_b[layer]),
-                    "by_task": by_task,
                 },
                 "average": {
                     "tau_a": averages_a[layer].item(),
@@ -392,8 +380,6 @@ def divergences(logit_a, logit_b, episode_a, episode_b) -> dict:
     """
     num_a = len(logit_a)
     num_b = len(logit_b)
-    ranks = rankdata(np.concatenate([logit_a, logit_b]))
-    auc = (ranks[:num_a].sum() - num_a * (num_a + 1) / 2) / (num_a * num_b)
     js_a = clustered(1 - np.logaddexp(0, -logit_a) / np.log(2), episode_a)
     js_b = clustered(1 - np.logaddexp(0, logit_b) / np.log(2), episode_b)
     js = {
@@ -409,7 +395,6 @@ def divergences(logit_a, logit_b, episode_a, episode_b) -> dict:
         "js_bits": js,
         "kl_ab": kl["kl_ab"],
         "kl_ba": kl["kl_ba"],
-        "auc": float(auc),
         "accuracy": float((logit_a > 0).mean() + (logit_b < 0).mean()) / 2,
         "kl_limit": kl_limit,
         "beyond_limit": [name for name in kl if kl[name]["value"] > kl_limit],
@@ -499,7 +484,7 @@ def main():
         for i, task in enumerate(student_tasks):
             seeds = range(EVAL_SEED, EVAL_SEED + args.episodes)
             episodes = run_episodes(student, task, seeds, args.threads, code=codes[i].tolist())
-            states = np.concatenate([episode["observations"][:-1] for episode in episodes])
+            states = np.concatenate([episode["observations"] for episode in episodes])
             visited[task] = torch.from_numpy(states).to(device)
             report["returns"][task] = return_statistics(episodes)
             report["states"][task] = len(states)
@@ -551,7 +536,7 @@ def main():
                 ", above ln(test states): large, no more" if name in shift["beyond_limit"] else ""
             )
             print(f"{name} {shift[name]['value']:.3f} +- {shift[name]['error']:.3f}{large}")
-        print(f"AUC {shift['auc']:.3f}, accuracy {shift['accuracy']:.3f}")
+        print(f"accuracy {shift['accuracy']:.3f}")
 
     # file
     report["seconds"] = round(time.time() - start)
@@ -598,17 +583,11 @@ def make_env(task: str):
     return env
 
 
-def task_sizes(tasks) -> tuple[int, int]:
-    """Sizes of observations and actions, which all tasks have in common."""
-    sizes = {}
-    for task in tasks:
-        env = make_env(task)
-        (obs_dim,) = env.observation_spec()["observations"].shape
-        (action_dim,) = env.action_spec().shape
-        sizes[task] = (obs_dim, action_dim)
-    alike = len(set(sizes.values())) == 1
-    check(alike, f"tasks: expected the same sizes of observations and actions, found {sizes}")
-    return sizes[tasks[0]]
+def task_sizes(task: str) -> tuple[int, int]:
+    """Sizes of a task's observations and actions."""
+    env = make_env(task)
+    obs_shape = env.observation_spec()["observations"].shape
+    return obs_shape[0], env.action_spec().shape[0]
 
 
 def run_episodes(policy: nn.Module, task: str, seeds, workers: int, **options) -> list[dict]:
@@ -640,30 +619,27 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
     """One whole episode, the policy on the CPU with one state at a time.
 
     pickled: the policy, (1, obs + code) -> (1, act), of a Gaussian one the mean comes first;
-    seed: of the initial state; code: the task id as the policy reads it. Returns arrays:
-    observations (T + 1, obs), actions (T, act), rewards (T,), physics (T + 1, state).
+    seed: of the initial state; code: the task id as the policy reads it. Returns the states in
+    which it acted, observations (T, obs), and rewards (T,).
     """
     policy = pickle.loads(pickled)
     env = make_env(task)
     action_dim = env.action_spec().shape[0]
-    episode = {"observations": [], "actions": [], "rewards": [], "physics": []}
+    observations = []
+    rewards = []
     env.task.random.seed(seed)
     time_step = env.reset()
-    while True:
+    while not time_step.last():
         obs = time_step.observation["observations"].astype(np.float32)
-        episode["observations"].append(obs)
-        episode["physics"].append(env.physics.get_state())
-        if time_step.last():
-            break
         x = torch.from_numpy(np.append(obs, code).astype(np.float32))
         action = policy(x[None])[0, :action_dim].numpy()
         try:
             time_step = env.step(action)
         except PhysicsError:  # an unstable state: the episode counts as it stands
             break
-        episode["actions"].append(action)
-        episode["rewards"].append(time_step.reward)
-    return {name: np.array(values) for name, values in episode.items()}
+        observations.append(obs)
+        rewards.append(time_step.reward)
+    return {"observations": np.array(observations), "rewards": np.array(rewards)}
 
 
 def return_statistics(episodes: list) -> dict:
@@ -717,10 +693,11 @@ def read_pt(path, *kinds: str) -> dict:
 
 def check_sizes(path, checkpoint: dict, tasks, code_size: int) -> None:
     """Stop unless the checkpoint's policy reads the tasks' states, and the code of a task id."""
-    obs_dim, action_dim = task_sizes(tasks)
-    expected = (obs_dim + code_size, action_dim)
     found = (checkpoint["sizes"]["in_dim"], checkpoint["sizes"]["action_dim"])
-    check(found == expected, f"{path}: expected (inputs, actions) {expected}, found {found}")
+    for task in tasks:
+        obs_dim, action_dim = task_sizes(task)
+        expected = (obs_dim + code_size, action_dim)
+        check(found == expected, f"{path}: {task} has (inputs, actions) {expected}, not {found}")
 
 
 def load_actor(checkpoint: dict) -> Actor:
@@ -777,7 +754,7 @@ def check_finite(name, content) -> None:
     if isinstance(content, dict):
         for key, part in content.items():
             check_finite(f"{name}: {key}", part)
-    if isinstance(content, torch.Tensor):
+    if isinstance(content, Tensor):
         check(content.isfinite().all(), f"{name}: NaN or infinite values")
 
 

@@ -38,9 +38,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch import Tensor, nn
 from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -130,55 +130,38 @@ class Actor(nn.Module):
             nn.Tanh(),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
-class Critics(nn.Module):
-    """K independent Q-networks with stacked weights, (B, obs), (B, act) -> (K, B)."""
-
-    def __init__(self, num_critics: int, obs_dim: int, action_dim: int, hidden: int):
-        super().__init__()
-        sizes = [(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)]  # see forward, too
-        for j, (n_in, n_out) in enumerate(sizes, start=1):
-            layers = [nn.Linear(n_in, n_out) for _ in range(num_critics)]  # torch's initialisation
-            weight = torch.stack([layer.weight.detach().T for layer in layers])
-            bias = torch.stack([layer.bias.detach()[None] for layer in layers])
-            self.register_parameter(f"w{j}", nn.Parameter(weight))  # (K, n_in, n_out)
-            self.register_parameter(f"b{j}", nn.Parameter(bias))  # (K, 1, n_out)
-
-    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([obs, action], dim=1)
-        if x.is_cuda:  # one batched product per layer
-            x = x.expand(len(self.w1), *x.shape)
-            h = F.relu(torch.baddbmm(self.b1, x, self.w1))
-            h = F.relu(torch.baddbmm(self.b2, h, self.w2))
-            return torch.baddbmm(self.b3, h, self.w3).squeeze(-1)
-        values = []
-        for k in range(len(self.w1)):  # on a CPU faster than batched products
-            h = F.relu(torch.addmm(self.b1[k], x, self.w1[k]))
-            h = F.relu(torch.addmm(self.b2[k], h, self.w2[k]))
-            values.append(torch.addmm(self.b3[k], h, self.w3[k]).squeeze(-1))
-        return torch.stack(values)
-
-
 # --------------------------------------------------------------------------------------- losses
-def add_code(obs: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+def add_code(obs: Tensor, code: Tensor) -> Tensor:
     """States with a task's code appended, (B, obs), (code,) -> (B, obs + code)."""
     return torch.cat([obs, code.expand(len(obs), -1)], dim=1)
 
 
-def mse_loss(action: torch.Tensor, teacher_action: torch.Tensor) -> torch.Tensor:
+def mse_loss(action: Tensor, teacher_action: Tensor) -> Tensor:
     """|| pi^T(s) - pi^S(s, i) ||^2, summed over action dimensions (5.1.3). (B, act) -> (B,)."""
     return (teacher_action - action).square().sum(dim=1)
 
 
+def q_values(critics: dict, obs: Tensor, action: Tensor) -> Tensor:
+    """Q_k(s, a) of a teacher's K critics, (B, obs), (B, act) -> (K, B).
+
+    critics: their weights as in a checkpoint, w1 (K, obs + act, hidden), b1 (K, 1, hidden), w2, ..
+    """
+    x = torch.cat([obs, action], dim=1)
+    h = F.relu(x @ critics["w1"] + critics["b1"])  # (K, B, hidden)
+    h = F.relu(h @ critics["w2"] + critics["b2"])
+    return (h @ critics["w3"] + critics["b3"]).squeeze(-1)
+
+
 @torch.no_grad()
-def q_switch(teachers, obs: torch.Tensor, rows: int = 65_536) -> tuple[torch.Tensor, torch.Tensor]:
+def q_switch(teachers, obs: Tensor, rows: int = 16_384) -> tuple[Tensor, Tensor]:
     """Per state the action of the teacher that values its own one most (6.4.3).
 
-    teachers: pairs (actor, critics), one per source j of data; rows: states at a time. (N, obs) ->
-    actions (N, act), and whose they are, argmax_j min_k Q_{ij,k}(s, pi_ij(s)), (N,).
+    teachers: pairs (actor, weights of the critics), one per source j; rows: states at a time.
+    (N, obs) -> actions (N, act), and whose they are, argmax_j min_k Q_{ij,k}(s, pi_ij(s)), (N,).
     """
     best_actions = []
     winners = []
@@ -188,7 +171,7 @@ def q_switch(teachers, obs: torch.Tensor, rows: int = 65_536) -> tuple[torch.Ten
         for actor, critics in teachers:
             action = actor(part)
             actions.append(action)
-            values.append(critics(part, action).min(dim=0).values)
+            values.append(q_values(critics, part, action).min(dim=0).values)
         winner = torch.stack(values).argmax(dim=0)  # (rows,)
         row = torch.arange(len(part), device=obs.device)
         best_actions.append(torch.stack(actions)[winner, row])
@@ -203,7 +186,7 @@ def main():
     check(len(set(args.tasks)) == num_tasks > 1, "--tasks: expected two or more distinct tasks")
     check(len(args.level) in (1, num_tasks), "--level: expected one level, or one per task")
     levels = args.level if len(args.level) == num_tasks else args.level * num_tasks
-    obs_dim, action_dim = task_sizes(args.tasks)
+    obs_dim, action_dim = task_sizes(args.tasks[0])  # the files have to agree
 
     # files
     names = [f"{task}-{level}" for task, level in zip(args.tasks, levels, strict=True)]
@@ -236,7 +219,8 @@ def main():
             found = teacher.get("data_tasks", teacher["tasks"])  # without it: of its own task
             check(found == [source], f"{path}: expected a teacher from {source}, found {found}")
             check(not teacher["sizes"]["log_std"], f"{path}: found a Gaussian teacher")
-            teachers.append((load_actor(teacher).to(device), load_critics(teacher).to(device)))
+            critics = {name: weight.to(device) for name, weight in teacher["critics"].items()}
+            teachers.append((load_actor(teacher).to(device), critics))
             mean = np.mean(teacher["returns"][task])
             texts.append(f"from {source} {mean:.1f}")
             print(f"{task} from {source}: {path}, return {mean:.1f}")
@@ -439,17 +423,11 @@ def make_env(task: str):
     return env
 
 
-def task_sizes(tasks) -> tuple[int, int]:
-    """Sizes of observations and actions, which all tasks have in common."""
-    sizes = {}
-    for task in tasks:
-        env = make_env(task)
-        (obs_dim,) = env.observation_spec()["observations"].shape
-        (action_dim,) = env.action_spec().shape
-        sizes[task] = (obs_dim, action_dim)
-    alike = len(set(sizes.values())) == 1
-    check(alike, f"tasks: expected the same sizes of observations and actions, found {sizes}")
-    return sizes[tasks[0]]
+def task_sizes(task: str) -> tuple[int, int]:
+    """Sizes of a task's observations and actions."""
+    env = make_env(task)
+    obs_shape = env.observation_spec()["observations"].shape
+    return obs_shape[0], env.action_spec().shape[0]
 
 
 def run_episodes(policy: nn.Module, task: str, seeds, workers: int, **options) -> list[dict]:
@@ -481,33 +459,30 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
     """One whole episode, the policy on the CPU with one state at a time.
 
     pickled: the policy, (1, obs + code) -> (1, act), of a Gaussian one the mean comes first;
-    seed: of the initial state; code: the task id as the policy reads it. Returns arrays:
-    observations (T + 1, obs), actions (T, act), rewards (T,), physics (T + 1, state).
+    seed: of the initial state; code: the task id as the policy reads it. Returns the states in
+    which it acted, observations (T, obs), and rewards (T,).
     """
     policy = pickle.loads(pickled)
     env = make_env(task)
     action_dim = env.action_spec().shape[0]
-    episode = {"observations": [], "actions": [], "rewards": [], "physics": []}
+    observations = []
+    rewards = []
     env.task.random.seed(seed)
     time_step = env.reset()
-    while True:
+    while not time_step.last():
         obs = time_step.observation["observations"].astype(np.float32)
-        episode["observations"].append(obs)
-        episode["physics"].append(env.physics.get_state())
-        if time_step.last():
-            break
         x = torch.from_numpy(np.append(obs, code).astype(np.float32))
         action = policy(x[None])[0, :action_dim].numpy()
         try:
             time_step = env.step(action)
         except PhysicsError:  # an unstable state: the episode counts as it stands
             break
-        episode["actions"].append(action)
-        episode["rewards"].append(time_step.reward)
-    return {name: np.array(values) for name, values in episode.items()}
+        observations.append(obs)
+        rewards.append(time_step.reward)
+    return {"observations": np.array(observations), "rewards": np.array(rewards)}
 
 
-def load_observations(path, task: str, level: str, obs_dim: int) -> torch.Tensor:
+def load_observations(path, task: str, level: str, obs_dim: int) -> Tensor:
     """The states of a dataset .npz as in docs/formats.md, (N, obs), checked."""
     try:
         damaged = zipfile.ZipFile(path).testzip()  # np.load checks only what it reads
@@ -520,7 +495,7 @@ def load_observations(path, task: str, level: str, obs_dim: int) -> torch.Tensor
     check(damaged is None, f"{path}: damaged bytes in {damaged}")
     expected = (task, level, SCHEMA_VERSION)
     check(found == expected, f"{path}: expected (task, level, schema) {expected}, found {found}")
-    fits = obs.ndim == 2 and obs.shape[1] == obs_dim and len(obs) > 0 and obs.dtype.kind == "f"
+    fits = obs.shape == (len(obs), obs_dim) and obs.dtype.kind == "f"
     expected = f"expected floats (N, {obs_dim})"
     check(fits, f"{path}: observations: {expected}, found {obs.dtype} {obs.shape}")
     obs = np.ascontiguousarray(obs, np.float32)
@@ -563,15 +538,6 @@ def load_actor(checkpoint: dict) -> Actor:
     return actor.requires_grad_(False)
 
 
-def load_critics(teacher: dict) -> Critics:
-    """The frozen critics of a teacher's checkpoint."""
-    sizes = teacher["sizes"]
-    num_critics = len(teacher["critics"]["w1"])
-    critics = Critics(num_critics, sizes["obs_dim"], sizes["action_dim"], sizes["hidden"])
-    critics.load_state_dict(teacher["critics"])
-    return critics.requires_grad_(False)
-
-
 def log(writer: SummaryWriter, rows: list, step: int, metrics: dict) -> None:
     """Metrics to TensorBoard and to the rows of losses.csv; stop at one that is not finite."""
     for name, value in metrics.items():
@@ -612,7 +578,7 @@ def check_finite(name, content) -> None:
     if isinstance(content, dict):
         for key, part in content.items():
             check_finite(f"{name}: {key}", part)
-    if isinstance(content, torch.Tensor):
+    if isinstance(content, Tensor):
         check(content.isfinite().all(), f"{name}: NaN or infinite values")
 
 

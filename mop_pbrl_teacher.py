@@ -41,9 +41,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch import Tensor, nn
 from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -190,7 +190,7 @@ class Actor(nn.Module):
             nn.Tanh(),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
@@ -207,7 +207,7 @@ class Critics(nn.Module):
             self.register_parameter(f"w{j}", nn.Parameter(weight))  # (K, n_in, n_out)
             self.register_parameter(f"b{j}", nn.Parameter(bias))  # (K, 1, n_out)
 
-    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([obs, action], dim=1)
         if x.is_cuda:  # one batched product per layer
             x = x.expand(len(self.w1), *x.shape)
@@ -223,12 +223,12 @@ class Critics(nn.Module):
 
 
 # --------------------------------------------------------------------------------------- losses
-def clipped_noise(like: torch.Tensor, std: float, bound: float) -> torch.Tensor:
+def clipped_noise(like: Tensor, std: float, bound: float) -> Tensor:
     """N(0, std^2) noise within [-bound, bound], in the shape of `like`."""
     return (std * torch.randn_like(like)).clamp(-bound, bound)
 
 
-def uncertainty(q: torch.Tensor) -> torch.Tensor:
+def uncertainty(q: Tensor) -> Tensor:
     """U: sample std over the K critics, (K, B) -> (B,); torch.std is slow for so few."""
     return ((q - q.mean(dim=0)).square().sum(dim=0) / (len(q) - 1)).sqrt()
 
@@ -279,7 +279,7 @@ def pbrl_critic_loss(critics, target_critics, policy, target_policy, batch, beta
     return in_loss + ood_loss, metrics
 
 
-def cloning_weights(rewards: torch.Tensor, ends: torch.Tensor, temperature: float) -> torch.Tensor:
+def cloning_weights(rewards: Tensor, ends: Tensor, temperature: float) -> Tensor:
     """Weights of the transitions in behaviour cloning, by the return R of their episode. (N,).
 
     w ~ exp((R - R_max) / (temperature max |R|)), of mean 1; ends: the last transitions of the
@@ -293,7 +293,7 @@ def cloning_weights(rewards: torch.Tensor, ends: torch.Tensor, temperature: floa
     return (weights / weights.mean()).float()
 
 
-def pbrl_actor_loss(policy, critics, obs, action, weight, bc_coef: float) -> torch.Tensor:
+def pbrl_actor_loss(policy, critics, obs, action, weight, bc_coef: float) -> Tensor:
     """- mean over the batch of min_k Q_k(s, pi(s)). (B, obs), (B, act), (B,) -> ().
 
     With bc_coef > 0 (not in the thesis), the objective of TD3+BC (Fujimoto & Gu 2021, arXiv
@@ -315,7 +315,7 @@ def move_target(target: nn.Module, network: nn.Module, rate: float) -> None:
         old.lerp_(new, rate)
 
 
-def gaussian(output: torch.Tensor, bounds) -> tuple[torch.Tensor, torch.Tensor]:
+def gaussian(output: Tensor, bounds) -> tuple[Tensor, Tensor]:
     """Mean and log std, (B, act) each, of an actor's output (B, 2 act) in [-1, 1].
 
     bounds: the log std that -1 and 1 stand for.
@@ -325,7 +325,7 @@ def gaussian(output: torch.Tensor, bounds) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, low + (high - low) * (unit + 1) / 2
 
 
-def act(actor: Actor, log_std_bounds, obs: torch.Tensor) -> torch.Tensor:
+def act(actor: Actor, log_std_bounds, obs: Tensor) -> Tensor:
     """Actions in training, (B, obs) -> (B, act); of a Gaussian a reparameterised sample."""
     output = actor(obs)
     if log_std_bounds is None:
@@ -338,19 +338,18 @@ def act(actor: Actor, log_std_bounds, obs: torch.Tensor) -> torch.Tensor:
 def main():
     args, resume_point, device = parse_args()
     check(args.num_critics > 1, "--num-critics: expected 2 or more, U is their std")
-    obs_dim, action_dim = task_sizes([args.task])
+    obs_dim, action_dim = task_sizes(args.task)
 
     # data and outputs
     path = args.data or find_file(f"data/{args.task}-{args.level}.npz")
     data = load_dataset(path, args.task, args.level, obs_dim, action_dim)
-    data_return = np.mean(data["metadata"]["episode_returns"])
-    names = ["observations", "actions", "rewards", "next_observations", "terminals", "timeouts"]
-    transitions = {name: torch.from_numpy(data[name]).to(device) for name in names}
-    timeouts = transitions.pop("timeouts")
-    transitions["cloning_weights"] = cloning_weights(
-        transitions["rewards"], transitions["terminals"] | timeouts, args.bc_temperature
-    )
-    num_transitions = len(transitions["rewards"])
+    del data["physics"]  # which only data sharing needs
+    transitions = {name: torch.from_numpy(array).to(device) for name, array in data.items()}
+    ends = transitions["terminals"] | transitions.pop("timeouts")
+    rewards = transitions["rewards"]
+    transitions["cloning_weights"] = cloning_weights(rewards, ends, args.bc_temperature)
+    num_transitions = len(rewards)
+    data_return = rewards.sum().item() / ends.sum().item()
     print(f"{path}: {num_transitions} transitions, return {data_return:.1f}")
     suffix = "teacher" if args.actor == "deterministic" else f"teacher-{args.actor}"
     output = Path(args.output or f"checkpoints/{args.task}-{args.level}-{suffix}.pt").expanduser()
@@ -570,17 +569,11 @@ def make_env(task: str):
     return env
 
 
-def task_sizes(tasks) -> tuple[int, int]:
-    """Sizes of observations and actions, which all tasks have in common."""
-    sizes = {}
-    for task in tasks:
-        env = make_env(task)
-        (obs_dim,) = env.observation_spec()["observations"].shape
-        (action_dim,) = env.action_spec().shape
-        sizes[task] = (obs_dim, action_dim)
-    alike = len(set(sizes.values())) == 1
-    check(alike, f"tasks: expected the same sizes of observations and actions, found {sizes}")
-    return sizes[tasks[0]]
+def task_sizes(task: str) -> tuple[int, int]:
+    """Sizes of a task's observations and actions."""
+    env = make_env(task)
+    obs_shape = env.observation_spec()["observations"].shape
+    return obs_shape[0], env.action_spec().shape[0]
 
 
 def run_episodes(policy: nn.Module, task: str, seeds, workers: int, **options) -> list[dict]:
@@ -612,47 +605,42 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
     """One whole episode, the policy on the CPU with one state at a time.
 
     pickled: the policy, (1, obs + code) -> (1, act), of a Gaussian one the mean comes first;
-    seed: of the initial state; code: the task id as the policy reads it. Returns arrays:
-    observations (T + 1, obs), actions (T, act), rewards (T,), physics (T + 1, state).
+    seed: of the initial state; code: the task id as the policy reads it. Returns the states in
+    which it acted, observations (T, obs), and rewards (T,).
     """
     policy = pickle.loads(pickled)
     env = make_env(task)
     action_dim = env.action_spec().shape[0]
-    episode = {"observations": [], "actions": [], "rewards": [], "physics": []}
+    observations = []
+    rewards = []
     env.task.random.seed(seed)
     time_step = env.reset()
-    while True:
+    while not time_step.last():
         obs = time_step.observation["observations"].astype(np.float32)
-        episode["observations"].append(obs)
-        episode["physics"].append(env.physics.get_state())
-        if time_step.last():
-            break
         x = torch.from_numpy(np.append(obs, code).astype(np.float32))
         action = policy(x[None])[0, :action_dim].numpy()
         try:
             time_step = env.step(action)
         except PhysicsError:  # an unstable state: the episode counts as it stands
             break
-        episode["actions"].append(action)
-        episode["rewards"].append(time_step.reward)
-    return {name: np.array(values) for name, values in episode.items()}
+        observations.append(obs)
+        rewards.append(time_step.reward)
+    return {"observations": np.array(observations), "rewards": np.array(rewards)}
 
 
 def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> dict:
-    """The arrays of a dataset .npz and its metadata, as in docs/formats.md, all checked."""
+    """The arrays of a dataset .npz as in docs/formats.md, checked."""
     try:
         damaged = zipfile.ZipFile(path).testzip()  # np.load checks only what it reads
         with np.load(path, allow_pickle=False) as file:
             data = {name: file[name] for name in DATASET}
             metadata = json.loads(str(file["metadata"]))
         found = (metadata["task"], metadata.get("level", level), metadata["schema_version"])
-        returns = metadata["episode_returns"]
     except Exception as error:
         check(False, f"{path}: expected a dataset as in docs/formats.md; found {error!r:.300}")
     check(damaged is None, f"{path}: damaged bytes in {damaged}")
     expected = (task, level, SCHEMA_VERSION)
     check(found == expected, f"{path}: expected (task, level, schema) {expected}, found {found}")
-    check(returns and np.isfinite(returns).all(), f"{path}: no finite episode_returns")
     num_rows = len(data["rewards"])
     row_shapes = {
         "observations": (obs_dim,),
@@ -669,7 +657,6 @@ def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> 
         check(np.isfinite(data[name]).all(), f"{path}: {name}: found NaN or infinite values")
     check(np.abs(data["actions"]).max() <= 1, f"{path}: expected actions in [-1, 1]")
     data["timeouts"][-1] = not data["terminals"][-1]  # the last row ends an episode, too
-    data["metadata"] = metadata
     return data
 
 
@@ -730,7 +717,7 @@ def check_finite(name, content) -> None:
     if isinstance(content, dict):
         for key, part in content.items():
             check_finite(f"{name}: {key}", part)
-    if isinstance(content, torch.Tensor):
+    if isinstance(content, Tensor):
         check(content.isfinite().all(), f"{name}: NaN or infinite values")
 
 

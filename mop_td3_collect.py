@@ -41,9 +41,8 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 import tyro
+from torch import Tensor, nn
 from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -175,50 +174,39 @@ class Actor(nn.Module):
             nn.Tanh(),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
 class Critics(nn.Module):
-    """K independent Q-networks with stacked weights, (B, obs), (B, act) -> (K, B)."""
+    """Two independent Q-networks, (B, obs), (B, act) -> (2, B)."""
 
-    def __init__(self, num_critics: int, obs_dim: int, action_dim: int, hidden: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int):
         super().__init__()
-        sizes = [(obs_dim + action_dim, hidden), (hidden, hidden), (hidden, 1)]  # see forward, too
-        for j, (n_in, n_out) in enumerate(sizes, start=1):
-            layers = [nn.Linear(n_in, n_out) for _ in range(num_critics)]  # torch's initialisation
-            weight = torch.stack([layer.weight.detach().T for layer in layers])
-            bias = torch.stack([layer.bias.detach()[None] for layer in layers])
-            self.register_parameter(f"w{j}", nn.Parameter(weight))  # (K, n_in, n_out)
-            self.register_parameter(f"b{j}", nn.Parameter(bias))  # (K, 1, n_out)
-        self.scale = nn.Parameter(torch.ones(num_critics, 1, hidden))  # of the first LayerNorm
-        self.shift = nn.Parameter(torch.zeros(num_critics, 1, hidden))
+        self.nets = nn.ModuleList()
+        for _ in range(2):
+            net = nn.Sequential(
+                nn.Linear(obs_dim + action_dim, hidden),
+                nn.LayerNorm(hidden),
+                nn.Tanh(),
+                nn.Linear(hidden, hidden),
+                nn.ReLU(),
+                nn.Linear(hidden, 1),
+            )
+            self.nets.append(net)
 
-    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([obs, action], dim=1)
-        size = self.scale.shape[-1:]
-        if x.is_cuda:  # one batched product per layer
-            x = x.expand(len(self.w1), *x.shape)
-            h = F.layer_norm(torch.baddbmm(self.b1, x, self.w1), size)
-            h = torch.tanh(h * self.scale + self.shift)
-            h = F.relu(torch.baddbmm(self.b2, h, self.w2))
-            return torch.baddbmm(self.b3, h, self.w3).squeeze(-1)
-        values = []
-        for k in range(len(self.w1)):  # on a CPU faster than batched products
-            h = torch.addmm(self.b1[k], x, self.w1[k])
-            h = torch.tanh(F.layer_norm(h, size, self.scale[k, 0], self.shift[k, 0]))
-            h = F.relu(torch.addmm(self.b2[k], h, self.w2[k]))
-            values.append(torch.addmm(self.b3[k], h, self.w3[k]).squeeze(-1))
-        return torch.stack(values)
+        return torch.stack([net(x).squeeze(1) for net in self.nets])
 
 
 # --------------------------------------------------------------------------------------- losses
-def clipped_noise(like: torch.Tensor, std: float, bound: float) -> torch.Tensor:
+def clipped_noise(like: Tensor, std: float, bound: float) -> Tensor:
     """N(0, std^2) noise within [-bound, bound], in the shape of `like`."""
     return (std * torch.randn_like(like)).clamp(-bound, bound)
 
 
-def td3_critic_loss(critics, target_critics, target_actor, batch, args) -> torch.Tensor:
+def td3_critic_loss(critics, target_critics, target_actor, batch, args) -> Tensor:
     """TD3's loss, summed over both critics (arXiv 1802.09477, algorithm 1) -> ().
 
     batch: obs (B, obs), action (B, act), reward (B,), next_obs (B, obs). Episodes end by timeout
@@ -233,7 +221,7 @@ def td3_critic_loss(critics, target_critics, target_actor, batch, args) -> torch
     return (critics(obs, action) - target).square().mean(dim=1).sum()
 
 
-def td3_actor_loss(actor, critics, obs) -> torch.Tensor:
+def td3_actor_loss(actor, critics, obs) -> Tensor:
     """- mean Q_1(s, pi(s)), the deterministic policy gradient of the first critic -> ()."""
     return -critics(obs, actor(obs))[0].mean()
 
@@ -248,7 +236,7 @@ def move_target(target: nn.Module, network: nn.Module, rate: float) -> None:
 # ------------------------------------------------------------------------------------- training
 def train(args, resume_point, device) -> None:
     """TD3 on one task, then checkpoints of the medium and the expert behaviour, and datasets."""
-    obs_dim, action_dim = task_sizes([args.task])
+    obs_dim, action_dim = task_sizes(args.task)
     env = make_env(args.task)
     length = int(env._step_limit)
     # evaluation may use the same environment, so it has to fall between two episodes
@@ -270,7 +258,7 @@ def train(args, resume_point, device) -> None:
     # networks
     torch.manual_seed(zlib.crc32(f"{args.seed} behavior {args.task}".encode()))
     actor = Actor(obs_dim, action_dim, args.hidden, layer_norm=True).to(device)
-    critics = Critics(2, obs_dim, action_dim, args.hidden).to(device)
+    critics = Critics(obs_dim, action_dim, args.hidden).to(device)
     target_actor = deepcopy(actor)
     target_critics = deepcopy(critics)
     adam = partial(Adam, lr=args.learning_rate, fused=True, capturable=args.cuda_graph)
@@ -596,17 +584,11 @@ def make_env(task: str):
     return env
 
 
-def task_sizes(tasks) -> tuple[int, int]:
-    """Sizes of observations and actions, which all tasks have in common."""
-    sizes = {}
-    for task in tasks:
-        env = make_env(task)
-        (obs_dim,) = env.observation_spec()["observations"].shape
-        (action_dim,) = env.action_spec().shape
-        sizes[task] = (obs_dim, action_dim)
-    alike = len(set(sizes.values())) == 1
-    check(alike, f"tasks: expected the same sizes of observations and actions, found {sizes}")
-    return sizes[tasks[0]]
+def task_sizes(task: str) -> tuple[int, int]:
+    """Sizes of a task's observations and actions."""
+    env = make_env(task)
+    obs_shape = env.observation_spec()["observations"].shape
+    return obs_shape[0], env.action_spec().shape[0]
 
 
 def run_episodes(policy: nn.Module, task: str, seeds, workers: int, **options) -> list[dict]:
@@ -740,7 +722,7 @@ def check_finite(name, content) -> None:
     if isinstance(content, dict):
         for key, part in content.items():
             check_finite(f"{name}: {key}", part)
-    if isinstance(content, torch.Tensor):
+    if isinstance(content, Tensor):
         check(content.isfinite().all(), f"{name}: NaN or infinite values")
 
 

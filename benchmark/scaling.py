@@ -104,7 +104,7 @@ def measure(axis: str, value: int, work: str, folder: Path, args) -> dict:
             data.append(speed.made_up_dataset(folder / f"{task}.npz", task, num_rows))
     if work == "load":
         sizes = (speed.OBS, speed.ACT)
-        load = partial(mop_distill.load_dataset, data[0], tasks[0], "medium", *sizes)
+        load = partial(mop_pbrl_teacher.load_dataset, data[0], tasks[0], "medium", *sizes)
         return {"ms": 1e3 * speed.median_time(load, 3)}
     if work == "pbrl":
         module = mop_pbrl_teacher
@@ -130,7 +130,7 @@ def measure(axis: str, value: int, work: str, folder: Path, args) -> dict:
         if len(loop) == args.rounds + 1:
             raise speed.Enough
 
-    with mock.patch.object(mop_distill, "task_sizes", lambda tasks: (speed.OBS, speed.ACT)):
+    with mock.patch.object(mop_distill, "task_sizes", lambda task: (speed.OBS, speed.ACT)):
         speed.run_loop(module, argv, on_round, args.steps, args.device)
     return {
         "ms": 1e3 * statistics.median(loop[1:]),

@@ -330,7 +330,7 @@ def observation_sizes(task: str) -> dict:
 
 def check_arrays(name, arrays: dict, task: str) -> dict:
     """The arrays in our types, after a check of shapes and values: what the scripts refuse."""
-    obs_dim, action_dim = mop_ds.task_sizes([task])
+    obs_dim, action_dim = mop_ds.task_sizes(task)
     num_rows = len(arrays["rewards"])
     check(num_rows > 0, f"{name}: no steps")
     shapes = {

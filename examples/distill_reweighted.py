@@ -16,8 +16,8 @@ q-ratio is what the thesis proposes (5.3, 8.3) where the density ratio is not kn
 states of the teacher's episodes, which nobody has offline: it is the best that weights can do.
 
 Own: behavior_values, density_ratio, state_weights, draw, teacher_share, main, MIN_VALUE,
-MAX_RATIO, Args.states, Args.weights, Args.teacher_data, Args.weight_steps, Args.gamma, DATASET,
-load_dataset
+MAX_RATIO, Args.states, Args.weights, Args.teacher_data, Args.weight_steps, Args.gamma, Critics,
+DATASET, load_dataset
 
 Source: van Lith 2024, sections 5.2.4, 5.3, 8.3.
 
@@ -47,9 +47,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch import Tensor, nn
 from torch.optim import Adam
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.tensorboard import SummaryWriter
@@ -75,7 +75,6 @@ DATASET = {  # arrays of a dataset and their types
     "next_observations": "float32",
     "terminals": "bool",
     "timeouts": "bool",
-    "physics": "float64",
 }
 EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; others from lower ones
 TAU_STATES = 1000  # states per task and evaluation in which tau is taken
@@ -169,7 +168,7 @@ class Actor(nn.Module):
             nn.Tanh(),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
@@ -186,7 +185,7 @@ class Critics(nn.Module):
             self.register_parameter(f"w{j}", nn.Parameter(weight))  # (K, n_in, n_out)
             self.register_parameter(f"b{j}", nn.Parameter(bias))  # (K, 1, n_out)
 
-    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([obs, action], dim=1)
         if x.is_cuda:  # one batched product per layer
             x = x.expand(len(self.w1), *x.shape)
@@ -202,12 +201,12 @@ class Critics(nn.Module):
 
 
 # --------------------------------------------------------------------------------------- losses
-def add_code(obs: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+def add_code(obs: Tensor, code: Tensor) -> Tensor:
     """States with a task's code appended, (B, obs), (code,) -> (B, obs + code)."""
     return torch.cat([obs, code.expand(len(obs), -1)], dim=1)
 
 
-def gaussian(output: torch.Tensor, bounds) -> tuple[torch.Tensor, torch.Tensor]:
+def gaussian(output: Tensor, bounds) -> tuple[Tensor, Tensor]:
     """Mean and log std, (B, act) each, of an actor's output (B, 2 act) in [-1, 1].
 
     bounds: the log std that -1 and 1 stand for.
@@ -217,17 +216,28 @@ def gaussian(output: torch.Tensor, bounds) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, low + (high - low) * (unit + 1) / 2
 
 
-def mse_loss(action: torch.Tensor, teacher_action: torch.Tensor) -> torch.Tensor:
+def mse_loss(action: Tensor, teacher_action: Tensor) -> Tensor:
     """|| pi^T(s) - pi^S(s, i) ||^2, summed over action dimensions (5.1.3). (B, act) -> (B,)."""
     return (teacher_action - action).square().sum(dim=1)
 
 
-def q_loss(action: torch.Tensor, obs: torch.Tensor, critics: Critics) -> torch.Tensor:
+def q_values(critics: dict, obs: Tensor, action: Tensor) -> Tensor:
+    """Q_k(s, a) of a teacher's K critics, (B, obs), (B, act) -> (K, B).
+
+    critics: their weights as in a checkpoint, w1 (K, obs + act, hidden), b1 (K, 1, hidden), w2, ..
+    """
+    x = torch.cat([obs, action], dim=1)
+    h = F.relu(x @ critics["w1"] + critics["b1"])  # (K, B, hidden)
+    h = F.relu(h @ critics["w2"] + critics["b2"])
+    return (h @ critics["w3"] + critics["b3"]).squeeze(-1)
+
+
+def q_loss(action: Tensor, obs: Tensor, critics: dict) -> Tensor:
     """- min_k Q_{i,k}^T(s, pi^S(s, i)) (5.1.3). (B, act), (B, obs) -> (B,)."""
-    return -critics(obs, action).min(dim=0).values
+    return -q_values(critics, obs, action).min(dim=0).values
 
 
-def kl_loss(output: torch.Tensor, teacher_output: torch.Tensor, bounds) -> torch.Tensor:
+def kl_loss(output: Tensor, teacher_output: Tensor, bounds) -> Tensor:
     """KL(student || teacher) of diagonal Gaussians (5.1.3). (B, 2 act) -> (B,).
 
     The last line of the thesis's derivation has the sign of the log term reversed;
@@ -240,7 +250,7 @@ def kl_loss(output: torch.Tensor, teacher_output: torch.Tensor, bounds) -> torch
     return 0.5 * (log_ratio.exp() + distance - 1 - log_ratio).sum(dim=1)
 
 
-def hidden_layers(actor: Actor, x: torch.Tensor) -> list[torch.Tensor]:
+def hidden_layers(actor: Actor, x: Tensor) -> list[Tensor]:
     """Activations of every hidden layer after its ReLU, (B, hidden) each."""
     activations = []
     for layer in actor.net:
@@ -250,7 +260,7 @@ def hidden_layers(actor: Actor, x: torch.Tensor) -> list[torch.Tensor]:
     return activations
 
 
-def ndcg_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def ndcg_loss(x: Tensor, y: Tensor) -> Tensor:
     """- NDCG of the scores y in the order of x (6.3.2). (B, n) -> (B,).
 
     An order has no gradient, so the gradient flows through y only: the activations under the
@@ -264,12 +274,12 @@ def ndcg_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return -gain / best_gain.clamp(min=1e-8)
 
 
-def listwise_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def listwise_loss(x: Tensor, y: Tensor) -> Tensor:
     """- sum_i softmax(y)_i log softmax(x)_i (6.3.2). (B, n) -> (B,)."""
     return -(y.softmax(dim=1) * x.log_softmax(dim=1)).sum(dim=1)
 
 
-def pairwise_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def pairwise_loss(x: Tensor, y: Tensor) -> Tensor:
     """sum_ij log(1 + exp(-(x_i - x_j) (y_i - y_j))) (6.3.2). (B, n) -> (B,).
 
     The (B, n, n) terms exist for 16 rows at a time, and are computed again in the backward pass.
@@ -290,7 +300,7 @@ def pairwise_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 RANKING_LOSSES = {"ndcg": ndcg_loss, "pairwise": pairwise_loss, "listwise": listwise_loss}
 
 
-def ranking_regularizer(ranking_loss, student: Actor, x, other_x) -> torch.Tensor:
+def ranking_regularizer(ranking_loss, student: Actor, x, other_x) -> Tensor:
     """sum over hidden layers j of L_rank(l_j(s, i), l_j(s, i')) (6.3.2). (B, in_dim) -> (B,).
 
     x: states under their own task id; other_x: the same states under another one.
@@ -301,7 +311,7 @@ def ranking_regularizer(ranking_loss, student: Actor, x, other_x) -> torch.Tenso
     return torch.stack(losses).sum(dim=0)
 
 
-def pair_signs(x: torch.Tensor) -> torch.Tensor:
+def pair_signs(x: Tensor) -> Tensor:
     """sign(x_i - x_j) of every pair of a row's values, (B, n) -> (B, n, n) int8."""
     left = x[:, :, None]
     right = x[:, None, :]
@@ -309,7 +319,7 @@ def pair_signs(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def kendall_tau(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def kendall_tau(x: Tensor, y: Tensor) -> Tensor:
     """Kendall's tau-a between rows of x and y (6.2.1). (B, n) -> (B,) float64.
 
     Pairs (i, j) that x and y order alike, less those that they order differently, over all pairs;
@@ -324,7 +334,7 @@ def kendall_tau(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def layer_taus(student: Actor, obs: torch.Tensor, code, other_code) -> list[torch.Tensor]:
+def layer_taus(student: Actor, obs: Tensor, code, other_code) -> list[Tensor]:
     """Per hidden layer, tau between its activations under two task codes. (B, obs) -> (B,)."""
     layers = hidden_layers(student, add_code(obs, code))
     other_layers = hidden_layers(student, add_code(obs, other_code))
@@ -332,7 +342,7 @@ def layer_taus(student: Actor, obs: torch.Tensor, code, other_code) -> list[torc
 
 
 # -------------------------------------------------------------------------------------- weights
-def behavior_values(data: dict, args, device) -> torch.Tensor:
+def behavior_values(data: dict, args, device) -> Tensor:
     """Q^B(s, a) of the data's own actions, (N,), learned by temporal differences.
 
     The target of a row is r + gamma Q(s', a') with the next row's action a'. The last row of an
@@ -366,7 +376,7 @@ def behavior_values(data: dict, args, device) -> torch.Tensor:
     return torch.cat(values)
 
 
-def density_ratio(obs: torch.Tensor, teacher_obs: torch.Tensor, args) -> torch.Tensor:
+def density_ratio(obs: Tensor, teacher_obs: Tensor, args) -> Tensor:
     """p^T(s) / p^B(s) of every state in the data, (N, obs), (M, obs) -> (N,).
 
     A classifier that tells the teacher's states from the data's with the logistic loss, both
@@ -398,7 +408,7 @@ def density_ratio(obs: torch.Tensor, teacher_obs: torch.Tensor, args) -> torch.T
     return torch.cat(logits).exp().clamp(max=MAX_RATIO)
 
 
-def state_weights(data: dict, teacher: dict, teacher_obs, args, device) -> torch.Tensor:
+def state_weights(data: dict, teacher: dict, teacher_obs, args, device) -> Tensor:
     """Weights of the data's states, (N,), of mean 1. teacher_obs: (M, obs), for density only."""
     obs = torch.from_numpy(data["observations"]).to(device)
     if args.weights == "none":
@@ -407,25 +417,25 @@ def state_weights(data: dict, teacher: dict, teacher_obs, args, device) -> torch
         weights = density_ratio(obs, torch.from_numpy(teacher_obs).to(device), args)
     else:
         actor = load_actor(teacher).to(device)
-        teacher_critics = load_critics(teacher).to(device)
+        critics = {name: weight.to(device) for name, weight in teacher["critics"].items()}
         values = []
         with torch.no_grad():
             for part in obs.split(65_536):
-                values.append(teacher_critics(part, actor(part)).min(dim=0).values)
+                values.append(q_values(critics, part, actor(part)).min(dim=0).values)
         weights = torch.cat(values).clamp(min=0)
         if args.weights == "q-ratio":
             weights = weights / behavior_values(data, args, device).clamp(min=MIN_VALUE)
     return weights / weights.mean()
 
 
-def draw(cumulative_weights: torch.Tensor, size: int) -> torch.Tensor:
+def draw(cumulative_weights: Tensor, size: int) -> Tensor:
     """Indices drawn in proportion to the weights, whose running sum is given, (N,) -> (size,)."""
     place = torch.rand(size, device=cumulative_weights.device, dtype=torch.float64)
     index = torch.searchsorted(cumulative_weights, place * cumulative_weights[-1], right=True)
     return index.clamp(max=len(cumulative_weights) - 1)
 
 
-def teacher_share(data: dict, weights: torch.Tensor, teacher_path) -> tuple[float, float]:
+def teacher_share(data: dict, weights: Tensor, teacher_path) -> tuple[float, float]:
     """Share of the rows and of the weight in the teacher's own episodes of a composed dataset.
 
     They are the first ones, `policy_episodes` many. NaN where the dataset has none.
@@ -446,7 +456,7 @@ def main():
     check(num_tasks > 1 or args.regularizer == "none", "--regularizer: expected two tasks or more")
     check(len(args.level) in (1, num_tasks), "--level: expected one level, or one per task")
     levels = args.level if len(args.level) == num_tasks else args.level * num_tasks
-    obs_dim, action_dim = task_sizes(args.tasks)
+    obs_dim, action_dim = task_sizes(args.tasks[0])  # the files have to agree
 
     # files
     names = [f"{task}-{level}" for task, level in zip(args.tasks, levels, strict=True)]
@@ -480,7 +490,8 @@ def main():
         with torch.no_grad():
             labels.append(torch.cat([actor(part) for part in states[i].split(65_536)]))
         if args.loss == "q":
-            critics.append(load_critics(teacher).to(device))
+            weights = teacher["critics"]
+            critics.append({name: weight.to(device) for name, weight in weights.items()})
         log_std_bounds.append(teacher["sizes"]["log_std"])  # None of a deterministic teacher
         teacher_returns.append(np.mean(teacher["returns"][task]))
         print(f"task {i}: {task}, {len(states[i])} states of {data_paths[i]},")
@@ -723,17 +734,11 @@ def make_env(task: str):
     return env
 
 
-def task_sizes(tasks) -> tuple[int, int]:
-    """Sizes of observations and actions, which all tasks have in common."""
-    sizes = {}
-    for task in tasks:
-        env = make_env(task)
-        (obs_dim,) = env.observation_spec()["observations"].shape
-        (action_dim,) = env.action_spec().shape
-        sizes[task] = (obs_dim, action_dim)
-    alike = len(set(sizes.values())) == 1
-    check(alike, f"tasks: expected the same sizes of observations and actions, found {sizes}")
-    return sizes[tasks[0]]
+def task_sizes(task: str) -> tuple[int, int]:
+    """Sizes of a task's observations and actions."""
+    env = make_env(task)
+    obs_shape = env.observation_spec()["observations"].shape
+    return obs_shape[0], env.action_spec().shape[0]
 
 
 def run_episodes(policy: nn.Module, task: str, seeds, workers: int, **options) -> list[dict]:
@@ -765,30 +770,27 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
     """One whole episode, the policy on the CPU with one state at a time.
 
     pickled: the policy, (1, obs + code) -> (1, act), of a Gaussian one the mean comes first;
-    seed: of the initial state; code: the task id as the policy reads it. Returns arrays:
-    observations (T + 1, obs), actions (T, act), rewards (T,), physics (T + 1, state).
+    seed: of the initial state; code: the task id as the policy reads it. Returns the states in
+    which it acted, observations (T, obs), and rewards (T,).
     """
     policy = pickle.loads(pickled)
     env = make_env(task)
     action_dim = env.action_spec().shape[0]
-    episode = {"observations": [], "actions": [], "rewards": [], "physics": []}
+    observations = []
+    rewards = []
     env.task.random.seed(seed)
     time_step = env.reset()
-    while True:
+    while not time_step.last():
         obs = time_step.observation["observations"].astype(np.float32)
-        episode["observations"].append(obs)
-        episode["physics"].append(env.physics.get_state())
-        if time_step.last():
-            break
         x = torch.from_numpy(np.append(obs, code).astype(np.float32))
         action = policy(x[None])[0, :action_dim].numpy()
         try:
             time_step = env.step(action)
         except PhysicsError:  # an unstable state: the episode counts as it stands
             break
-        episode["actions"].append(action)
-        episode["rewards"].append(time_step.reward)
-    return {name: np.array(values) for name, values in episode.items()}
+        observations.append(obs)
+        rewards.append(time_step.reward)
+    return {"observations": np.array(observations), "rewards": np.array(rewards)}
 
 
 def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> dict:
@@ -799,19 +801,16 @@ def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> 
             data = {name: file[name] for name in DATASET}
             metadata = json.loads(str(file["metadata"]))
         found = (metadata["task"], metadata.get("level", level), metadata["schema_version"])
-        returns = metadata["episode_returns"]
     except Exception as error:
         check(False, f"{path}: expected a dataset as in docs/formats.md; found {error!r:.300}")
     check(damaged is None, f"{path}: damaged bytes in {damaged}")
     expected = (task, level, SCHEMA_VERSION)
     check(found == expected, f"{path}: expected (task, level, schema) {expected}, found {found}")
-    check(returns and np.isfinite(returns).all(), f"{path}: no finite episode_returns")
     num_rows = len(data["rewards"])
     row_shapes = {
         "observations": (obs_dim,),
         "actions": (action_dim,),
         "next_observations": (obs_dim,),
-        "physics": data["physics"].shape[1:],
     }
     for name, dtype in DATASET.items():
         array = data[name]
@@ -861,15 +860,6 @@ def load_actor(checkpoint: dict) -> Actor:
     return actor.requires_grad_(False)
 
 
-def load_critics(teacher: dict) -> Critics:
-    """The frozen critics of a teacher's checkpoint."""
-    sizes = teacher["sizes"]
-    num_critics = len(teacher["critics"]["w1"])
-    critics = Critics(num_critics, sizes["obs_dim"], sizes["action_dim"], sizes["hidden"])
-    critics.load_state_dict(teacher["critics"])
-    return critics.requires_grad_(False)
-
-
 def log(writer: SummaryWriter, rows: list, step: int, metrics: dict) -> None:
     """Metrics to TensorBoard and to the rows of losses.csv; stop at one that is not finite."""
     for name, value in metrics.items():
@@ -910,7 +900,7 @@ def check_finite(name, content) -> None:
     if isinstance(content, dict):
         for key, part in content.items():
             check_finite(f"{name}: {key}", part)
-    if isinstance(content, torch.Tensor):
+    if isinstance(content, Tensor):
         check(content.isfinite().all(), f"{name}: NaN or infinite values")
 
 

@@ -66,7 +66,7 @@ def no_episodes(monkeypatch):
     def run_episodes(policy, task, seeds, workers, **options):
         episodes = []
         for e in range(len(seeds)):
-            observations = np.eye(1001, 24, dtype=np.float32)
+            observations = np.eye(1000, 24, dtype=np.float32)
             episodes.append({"observations": observations, "rewards": np.full(1000, e / 1000)})
         return episodes
 

@@ -16,7 +16,7 @@ EXCEPTIONS = {
     "main": (6, "each script's own"),
     "LAPTOP": (3, "of TD3, teachers and students"),
     "Actor": (2, "behaviours have a LayerNorm: in TD3, and where any policy is measured"),
-    "Critics": (2, "TD3's have a LayerNorm"),
+    "Critics": (2, "TD3's two have a LayerNorm"),
     "load_actor": (2, "as Actor"),
     "run_episode": (2, "TD3's mixes actions, the others append a task id"),
     "parse_args": (2, "mop_measure.py has neither --scale nor --resume"),

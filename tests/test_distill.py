@@ -12,6 +12,7 @@ from sklearn.metrics import ndcg_score
 from torch.distributions import Normal, kl_divergence
 
 import mop_distill as distill
+import mop_pbrl_teacher as pbrl
 from conftest import ROOT
 from test_loops import LEVELS, TASKS, load, read_csv, use_world, write_inputs
 
@@ -24,11 +25,27 @@ def test_mse_loss_by_hand():
 
 
 def test_q_loss_takes_the_lowest_critic():
-    def critics(obs, action):
-        return torch.stack([obs[:, 0] + action[:, 0], obs[:, 0] - action[:, 0]])
+    """Two critics of one unit a layer: s + a, and s - a + 0.25, of which s + a = 1 is the limit."""
+    critics = {
+        "w1": torch.tensor([[[1.0], [1.0]], [[1.0], [-1.0]]]),
+        "b1": torch.tensor([[[0.0]], [[0.25]]]),
+        "w2": torch.ones(2, 1, 1),
+        "b2": torch.zeros(2, 1, 1),
+        "w3": torch.ones(2, 1, 1),
+        "b3": torch.zeros(2, 1, 1),
+    }
+    action = torch.tensor([[0.5], [-0.25], [-0.5]])
+    obs = torch.tensor([[1.0], [2.0], [0.25]])
+    loss = distill.q_loss(action, obs, critics)
+    assert loss.tolist() == [-0.75, -1.75, 0.0]
 
-    loss = distill.q_loss(torch.tensor([[0.5], [-0.25]]), torch.tensor([[1.0], [2.0]]), critics)
-    assert loss.tolist() == [-0.5, -1.75]
+
+def test_q_values_are_those_of_the_trained_critics():
+    critics = pbrl.Critics(3, 5, 2, 8)
+    obs = torch.randn(9, 5)
+    action = torch.rand(9, 2)
+    found = distill.q_values(critics.state_dict(), obs, action)
+    torch.testing.assert_close(found, critics(obs, action))
 
 
 def test_kl_loss_equals_torch_distributions():
@@ -209,7 +226,7 @@ def test_pairwise_ranking_raises_tau(train):
 
 
 def test_tau_of_the_visited_states(train):
-    """tau.csv is recomputed from the student; all 21 states of an episode count."""
+    """tau.csv is recomputed from the student; all 20 states of an episode count."""
     student = distill.load_actor(train("--gradient-steps", 40))
     rows = read_csv("run/tau.csv")
     assert len(rows) == 4 and rows[0][:4] == ["40", "toy-up", "toy-down", "1"]

@@ -59,9 +59,13 @@ def plain_episode(task, seed, code=()):
 
 
 def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name in expected:
+    for name in found:
         np.testing.assert_array_equal(found[name], expected[name], name)
+
+
+def states_acted_in(episode):
+    """What the scripts other than TD3's keep of an episode: not its last state."""
+    return {"observations": episode["observations"][:-1], "rewards": episode["rewards"]}
 
 
 @pytest.mark.parametrize("task", ["walker-walk", "cheetah-run", "quadruped-walk"])
@@ -69,10 +73,14 @@ def test_episodes_equal_a_plain_loop(task):
     """Of a quadruped, too, whose own actions are not in [-1, 1] as those of policies are."""
     seeds = [2**31, 5]
     expected = [plain_episode(task, seed) for seed in seeds]
-    for module in (distill, td3):
-        episodes = module.run_episodes(Policy(), task, seeds, 1)
-        for episode, plain in zip(episodes, expected, strict=True):
-            assert_same(episode, plain)
+    for episode, plain in zip(td3.run_episodes(Policy(), task, seeds, 1), expected, strict=True):
+        assert episode.keys() == plain.keys()
+        assert_same(episode, plain)
+    for episode, plain in zip(
+        distill.run_episodes(Policy(), task, seeds, 1), expected, strict=True
+    ):
+        assert episode.keys() == {"observations", "rewards"}
+        assert_same(episode, states_acted_in(plain))
 
 
 def test_the_number_of_workers_and_of_episodes_does_not_matter():
@@ -85,7 +93,7 @@ def test_the_number_of_workers_and_of_episodes_does_not_matter():
     for episode, seed in zip(episodes, seeds, strict=True):
         (alone,) = distill.run_episodes(Policy(), "walker-stand", [seed], 1, code=codes)
         assert_same(episode, alone)
-    assert_same(episodes[0], plain_episode("walker-stand", 3, codes))
+    assert_same(episodes[0], states_acted_in(plain_episode("walker-stand", 3, codes)))
     assert len(np.unique([episode["rewards"].sum() for episode in episodes])) == 3
 
 
@@ -148,10 +156,9 @@ def test_tasks_that_do_not_exist_are_refused(task):
         td3.make_env(task)
 
 
-def test_tasks_of_other_sizes_are_refused():
-    assert td3.task_sizes(["walker-stand", "walker-run"]) == (24, 6)
-    with pytest.raises(SystemExit, match=r"tasks: expected the same sizes .*cheetah-run"):
-        td3.task_sizes(["walker-stand", "cheetah-run"])
+def test_sizes_of_tasks():
+    assert td3.task_sizes("walker-stand") == (24, 6)
+    assert td3.task_sizes("cheetah-run") == (17, 6)
 
 
 @pytest.fixture
@@ -175,8 +182,7 @@ def test_an_unstable_state_ends_the_episode_as_it_stands(unstable_env):
     """The four steps before it count."""
     policy = torch.nn.Linear(5, 1)
     (episode,) = distill.run_episodes(policy, "cartpole-balance", [0], 1)
-    assert len(episode["rewards"]) == len(episode["actions"]) == 4
-    assert len(episode["observations"]) == len(episode["physics"]) == 5
+    assert len(episode["rewards"]) == len(episode["observations"]) == 4
 
 
 def test_an_episode_that_ends_early_stops_td3(monkeypatch, run_main):

@@ -3,13 +3,9 @@
 tests/test_loops.py compares both with plain loops; tests/test_files.py stops and resumes them.
 """
 
-import os
-import zlib
 from functools import cache
-from importlib.metadata import version
 from types import SimpleNamespace
 
-import mujoco
 import numpy as np
 import pytest
 from dm_control import suite
@@ -69,62 +65,6 @@ def test_tasks_with_a_goal_of_each_episode_are_refused():
     states = np.random.default_rng(0).uniform(-1, 1, (300, 4))
     with pytest.raises(SystemExit, match=r"task reacher-easy: .* on what a reset draws"):
         ds.compute_rewards("reacher-easy", states, np.zeros((300, 2)))
-
-
-def test_relabelling_happens_once_per_content(tmp_path, monkeypatch):
-    """The file's name holds MuJoCo's version and a check sum of actions and states."""
-    calls = []
-    compute_rewards = ds.compute_rewards
-
-    def record(task, physics, actions):
-        calls.append(task)
-        return compute_rewards(task, physics, actions)
-
-    monkeypatch.setattr(ds, "compute_rewards", record)
-    path = tmp_path / "d.npz"
-    arrays = make_arrays(50)
-    first = ds.relabel(path, arrays, "walker-walk")
-    np.testing.assert_array_equal(first, own_rewards(arrays, "walker-walk")["rewards"])
-    key = zlib.crc32(arrays["actions"].tobytes() + arrays["physics"].tobytes())
-    versions = f"{mujoco.__version__}-{version('dm_control')}"
-    kept = np.load(tmp_path / f"d.walker-walk-{versions}-{key:08x}.npy")
-    np.testing.assert_array_equal(kept, first)
-    np.testing.assert_array_equal(ds.relabel(path, arrays, "walker-walk"), first)
-    assert calls == ["walker-walk"]
-    ds.relabel(path, arrays, "walker-run")
-    ds.relabel(path, arrays | {"physics": arrays["physics"] + 1e-9}, "walker-walk")
-    ds.relabel(path, arrays | {"actions": arrays["actions"] / 2}, "walker-walk")
-    assert calls == ["walker-walk", "walker-run", "walker-walk", "walker-walk"]
-    assert len(list(tmp_path.iterdir())) == 4
-
-
-@pytest.mark.parametrize("damage", ["not finite", "a row less"])
-def test_damaged_files_of_relabelled_rewards_are_refused(tmp_path, damage):
-    arrays = make_arrays(50)
-    rewards = ds.relabel(tmp_path / "d.npz", arrays, "walker-walk")
-    (cache_path,) = tmp_path.iterdir()
-    if damage == "not finite":
-        rewards[7] = np.nan
-    else:
-        rewards = rewards[:-1]
-    np.save(cache_path, rewards)
-    with pytest.raises(SystemExit, match=f"{cache_path}: damaged; delete it"):
-        ds.relabel(tmp_path / "d.npz", arrays, "walker-walk")
-
-
-def test_relabelled_rewards_without_room_for_their_file(tmp_path, monkeypatch):
-    """They are used all the same, and no part of a file takes the file's place."""
-
-    def save(path, rewards):
-        path.write_bytes(b"a part")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(ds.np, "save", save)
-    arrays = make_arrays(50)
-    found = ds.relabel(tmp_path / "d.npz", arrays, "walker-walk")
-    np.testing.assert_array_equal(found, own_rewards(arrays, "walker-walk")["rewards"])
-    (part,) = tmp_path.iterdir()
-    assert part.name.startswith(f".{os.getpid()}-d.walker-walk-")  # no other run writes this one
 
 
 # -------------------------------------------------------------------- a line with two targets

@@ -48,8 +48,8 @@ def test_actor_equals_plain_layers(module):
 
 
 @pytest.mark.parametrize("on_cuda", [False, True])
-@pytest.mark.parametrize("module", TRAINING.values())
-def test_critics_equal_plain_layers(module, on_cuda, monkeypatch):
+@pytest.mark.parametrize("module", [TRAINING["pbrl"], TRAINING["ds"], TRAINING["naive"]])
+def test_pbrls_critics_equal_plain_layers(module, on_cuda, monkeypatch):
     """Both forms of the forward pass, one of which runs on CUDA only."""
     torch.manual_seed(0)
     first = [nn.Linear(7, 8) for _ in range(3)]
@@ -57,26 +57,36 @@ def test_critics_equal_plain_layers(module, on_cuda, monkeypatch):
     third = [nn.Linear(8, 1) for _ in range(3)]
     torch.manual_seed(0)
     critics = module.Critics(3, 5, 2, 8)
-    norms = [nn.LayerNorm(8) for _ in range(3)]
-    for k, norm in enumerate(norms):
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias)
-        if module is td3:
-            assert critics.scale[k].eq(1).all() and critics.shift[k].eq(0).all()
-            critics.scale.data[k] = norm.weight
-            critics.shift.data[k] = norm.bias
     obs = torch.randn(9, 5)
     action = torch.randn(9, 2)
     expected = []
     for k in range(3):
-        h = first[k](torch.cat([obs, action], dim=1))
-        h = norms[k](h).tanh() if module is td3 else h.relu()
+        h = first[k](torch.cat([obs, action], dim=1)).relu()
         h = second[k](h).relu()
         expected.append(third[k](h)[:, 0])
     monkeypatch.setattr(torch.Tensor, "is_cuda", on_cuda)
     found = critics(obs, action)
     monkeypatch.undo()
     torch.testing.assert_close(found, torch.stack(expected))
+
+
+def test_td3s_critics_equal_plain_layers():
+    """From its weights alone, by numpy."""
+    critics = td3.Critics(5, 2, 8)
+    for weight in critics.parameters():
+        nn.init.normal_(weight)  # those of a LayerNorm, too
+    obs = torch.randn(9, 5)
+    action = torch.randn(9, 2)
+    expected = []
+    for net in critics.nets:
+        w1, b1, scale, shift, w2, b2, w3, b3 = [p.detach().numpy() for p in net.parameters()]
+        h = np.concatenate([obs, action], axis=1) @ w1.T + b1
+        h = (h - h.mean(axis=1, keepdims=True)) / np.sqrt(h.var(axis=1, keepdims=True) + 1e-5)
+        h = np.tanh(scale * h + shift)
+        h = np.maximum(h @ w2.T + b2, 0)
+        expected.append((h @ w3.T + b3)[:, 0])
+    found = critics(obs, action).detach()
+    np.testing.assert_allclose(found, np.stack(expected), rtol=1e-3, atol=1e-4)
 
 
 # ----------------------------------------------------------- the medium policy, and the datasets
