@@ -81,7 +81,7 @@ LAPTOP = {  # defaults with --scale laptop
     "policy_noise": 0.05,
     "beta_ood_decay": 0.9997,
     "anneal": 0.5,
-    "bc_coef": 3.0,
+    "bc_coef": 10.0,
     "matmul_precision": "medium",
 }
 
@@ -160,7 +160,7 @@ class Args:
     """share of a teacher's updates, the last, in which its learning rate falls linearly to 0"""
     bc_coef: float = 0.0
     """weight of behaviour cloning in the actor's loss, not in the thesis (docs/pretrained.md)"""
-    bc_temperature: float = 0.1
+    bc_temperature: float = 0.05
     """the lower, the more of the cloning goes to the episodes of the highest return; inf: to all"""
 
     # system

@@ -45,7 +45,7 @@ DEFAULTS = {  # of every flag, unless the script has its own below
     "policy_noise": 0.2, "noise_clip": 0.5, "policy_frequency": 2,
     "num_critics": 5, "num_ood": 3, "ood_noise": 0.01, "beta_in": 0.001,
     "beta_ood": 3.0, "beta_ood_min": 0.1, "beta_ood_decay": 0.99995,
-    "anneal": 0.0, "bc_coef": 0.0, "bc_temperature": 0.1,
+    "anneal": 0.0, "bc_coef": 0.0, "bc_temperature": 0.05,
     "device": "auto", "threads": 0, "matmul_precision": "highest", "cuda_graph": False,
 }
 OWN_DEFAULTS = {
@@ -73,7 +73,7 @@ OWN_DEFAULTS = {
 LAPTOP_TEACHER = {
     "gradient_steps": 15_000, "batch_size": 256, "learning_rate": 1e-3, "policy_frequency": 1,
     "num_ood": 1, "tau": 0.02, "actor_tau": 0.02, "policy_noise": 0.05,
-    "beta_ood_decay": 0.9997, "anneal": 0.5, "bc_coef": 3.0, "matmul_precision": "medium",
+    "beta_ood_decay": 0.9997, "anneal": 0.5, "bc_coef": 10.0, "matmul_precision": "medium",
 }
 LAPTOP_STUDENT = {"gradient_steps": 20_000, "learning_rate": 1e-3}
 LAPTOP = {
