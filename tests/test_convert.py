@@ -61,8 +61,11 @@ def page_command(name: str) -> list[str]:
 
 
 def load(path, task="walker-walk") -> dict:
-    """A converted file, through the check that every script makes."""
-    return mop_ds.load_dataset(path, task, "medium", 24, 6)
+    """A converted file, through the check that every script makes, and its metadata."""
+    arrays = mop_ds.load_dataset(path, task, "medium", 24, 6)
+    with np.load(path) as file:
+        metadata = json.loads(str(file["metadata"]))
+    return arrays | {"metadata": metadata}
 
 
 def assert_equal_arrays(found: dict, expected: dict):

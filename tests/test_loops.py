@@ -424,6 +424,7 @@ def plain_td3(task, a):
 
 
 MORE = {"medium_step": 60, "learning_starts": 8, "policy_frequency": 2, "seed": 5}
+MORE["exploration_noise"] = 1.5  # takes actions beyond their bounds
 
 
 @pytest.mark.parametrize("more", [{"seed": 1}, MORE])
