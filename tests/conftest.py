@@ -164,7 +164,7 @@ def write_teacher(
             "log_std": log_std,
             "layer_norm": False,
         },
-        "returns": {task: [100.0]},
+        "returns": {task: [100.0, 200.0]},
         "actor": pbrl.Actor(obs_dim, out_dim, hidden).state_dict(),
         "critics": pbrl.Critics(2, obs_dim, action_dim, hidden).state_dict(),
         "versions": {},

@@ -233,7 +233,11 @@ def test_flags_that_are_named_exist(helps, page):
     for path in (ROOT / "benchmark").glob("*.py"):
         for name in re.findall(r"^    (\w+): ", path.read_text(), re.MULTILINE):
             known.add(f"--{name.replace('_', '-')}")
-    others = ("examples/distill_reweighted.py", "examples/run_student.py", "reproduce/compression.py")
+    others = (
+        "examples/distill_reweighted.py",
+        "examples/run_student.py",
+        "reproduce/compression.py",
+    )
     for path in others:
         for name in args_fields(ROOT / path):
             known.add(f"--{name.replace('_', '-')}")

@@ -708,7 +708,8 @@ def test_distillation_equals_a_plain_loop(world, case):
         labels.append(distill.load_actor(teacher)(states[i]))
     a = SimpleNamespace(**RUN | STEPS | {"seed": 4, "reg_lambda": 0.3} | DISTILL_CASES[case])
     levels = [LEVELS[task] for task in tasks]
-    world(distill, "--tasks", *tasks, "--level", *levels, *flags(vars(a)))
+    printed = world(distill, "--tasks", *tasks, "--level", *levels, *flags(vars(a)))
+    assert printed.count("return 150.0") == printed.count("(teacher 150.0)") / 2 == len(tasks)
 
     def loss(student, i, obs, label):
         x = coded(obs, codes[i])
@@ -756,7 +757,8 @@ def test_q_switch_equals_a_plain_loop(world, monkeypatch, case):
         teachers[task].append(teacher)
     monkeypatch.setattr(oqs, "q_switch", partial(oqs.q_switch, rows=7))  # the states in parts
     levels = [LEVELS[task] for task in tasks]
-    world(oqs, "--tasks", *tasks, "--level", *levels, *flags(vars(a)))
+    printed = world(oqs, "--tasks", *tasks, "--level", *levels, *flags(vars(a)))
+    assert printed.count("return 150.0") == len(tasks) ** 2
 
     states = torch.cat([torch.from_numpy(datasets[task]["observations"]) for task in tasks])
     labels = []
