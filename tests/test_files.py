@@ -476,6 +476,25 @@ def test_a_killed_run_ends_as_one_left_alone(run_main, tmp_path, monkeypatch, mo
     assert equal(*results)
 
 
+@pytest.mark.parametrize("module", [*RUNS, td3], ids=lambda module: module.__name__)
+def test_a_learning_rate_given_to_resume_wins(run_main, inputs, no_episodes, module):
+    steps = "--gradient-steps"
+    flags = RUNS.get(module, [])
+    if module is td3:
+        steps = "--total-timesteps"
+        flags = ["--task", "walker-stand", *TINY, "--eval-every", 1000, "--medium-step", 1000]
+        flags += ["--learning-starts", 995, "--datasets", "medium-replay"]
+    run_main(module, *flags, steps, 1000 if module is td3 else 1, "--run-dir", "run")
+    resume = ["--resume", "run", "--overwrite", "--learning-rate", 1e-7]
+    outcome = run_main(module, *resume, steps, 2000 if module is td3 else 2)
+    assert isinstance(outcome, str), outcome
+    end = torch.load("run/resume.pt", weights_only=True)
+    optimizers = [state for name, state in end.items() if "optimizer" in name]
+    assert optimizers
+    for state in optimizers:
+        assert float(state["param_groups"][0]["lr"]) == pytest.approx(1e-7)
+
+
 def test_ctrl_c_during_an_evaluation_leaves_no_process_behind(inputs):
     """The terminal sends it to the workers, too. Left alone, the run would go on for minutes."""
     flags = [*STUDENT, "--run-dir", "run", "--threads", 2]
