@@ -147,7 +147,9 @@ def test_the_plain_td3_learns_as_it_steps(monkeypatch):
 
 
 def test_a_tiny_scaling(tmp_path, monkeypatch):
-    flags = ["--axes", "tasks", "critics", "--points", "2", "--rounds", "1", "--steps", "1"]
+    monkeypatch.setitem(scaling.VALUES, "states", (1000, 2000))
+    flags = ["--axes", "tasks", "critics", "states", "--points", "2"]
+    flags += ["--rounds", "1", "--steps", "1"]
     run(monkeypatch, scaling, *flags, "--output", f"{tmp_path}/scaling.json")
     points = json.loads((tmp_path / "scaling.json").read_text())["points"]
     found = [(point["axis"], point["work"], point["value"]) for point in points]
@@ -156,8 +158,15 @@ def test_a_tiny_scaling(tmp_path, monkeypatch):
         ("tasks", "distill", 3),
         ("critics", "pbrl", 2),
         ("critics", "pbrl", 3),
+        ("states", "distill", 1000),
+        ("states", "distill", 2000),
+        ("states", "load", 1000),
+        ("states", "load", 2000),
     ]
     for point in points:
+        assert point["ms"] > 0
+        if point["work"] == "load":
+            continue
         assert 0 < point["floor_ms"] < 3 * point["ms"]  # one noisy round
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
