@@ -86,8 +86,6 @@ STAND_INS = {  # files that a page takes for granted: a reader has them from ano
     "data/stand-noise.npz": "walker-stand",
     "data/walk-noise.npz": "walker-walk",
     "a00.pt": "walker-stand",
-    "a01.pt": "walker-stand",
-    "a10.pt": "walker-walk",
     "a11.pt": "walker-walk",
 }
 
@@ -112,6 +110,8 @@ def repository(tmp_path, monkeypatch):
         write = write_dataset if name.endswith(".npz") else write_teacher
         levels = [level for level in ("expert", "medium-replay") if level in name]
         write(tmp_path / name, task, level=levels[0] if levels else "medium")
+    write_teacher(tmp_path / "a01.pt", "walker-stand", data_tasks=["walker-walk"])
+    write_teacher(tmp_path / "a10.pt", "walker-walk", data_tasks=["walker-stand"])
 
     path = write_teacher(tmp_path / "runs/NAME/student.pt", kind="student")
     student = torch.load(path, weights_only=True)
