@@ -320,8 +320,10 @@ def train(args, resume_point, device) -> None:
         return loss.detach()
 
     if args.cuda_graph:
-        update_critics = capture(update_critics)
-        update_actor_and_targets = capture(update_actor_and_targets)
+        from tensordict.nn import CudaGraphModule  # here, as it takes seconds to import
+
+        update_critics = CudaGraphModule(update_critics)
+        update_actor_and_targets = CudaGraphModule(update_actor_and_targets)
     metrics = {}
     progress = tqdm(range(start + 1, args.total_timesteps + 1), desc=args.task, disable=None)
     for step in progress:
@@ -528,7 +530,7 @@ def main():
         collect(args.policy, args.mix, path, args)
 
 
-# =============================== the method ends here; below: command line, episodes, files, CUDA
+# ===================================== the method ends here; below: command line, episodes, files
 def parse_args():
     """The command line -> (args, resume point or None, device).
 
@@ -736,38 +738,6 @@ def check(condition, message: str) -> None:
     """Stop with one line on standard error and exit code 1 unless the condition holds."""
     if not condition:
         raise SystemExit(f"{Path(sys.argv[0]).name}: error: {message}")
-
-
-def capture(function):
-    """function, from its fourth call on replayed as one CUDA graph: the same kernels on the same
-    memory, without Python between them. Its tensor arguments are copied to where the graph reads
-    them; what it returns is overwritten by the next call.
-    """
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()
-    calls = 0
-    inputs = None
-    outputs = None
-
-    def call(*arguments):
-        nonlocal calls, inputs, outputs
-        calls += 1
-        if calls <= 3:  # what Adam and cuBLAS make in their first calls is not to be recorded
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                result = function(*arguments)
-            torch.cuda.current_stream().wait_stream(stream)
-            return result
-        if calls == 4:
-            inputs = [argument.clone() for argument in arguments]
-            with torch.cuda.graph(graph, stream=stream):
-                outputs = function(*inputs)  # recorded, not run
-        for kept, argument in zip(inputs, arguments, strict=True):
-            kept.copy_(argument)
-        graph.replay()
-        return outputs
-
-    return call
 
 
 if __name__ == "__main__":
