@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from dm_control import suite
+from dm_control.suite import walker
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("mop_*.py"))
 EXAMPLES = ["naive_multitask_pbrl", "distill_reweighted"]  # that train
@@ -72,6 +73,21 @@ def no_episodes(monkeypatch):
 
     for name in SCRIPTS + EXAMPLES:
         monkeypatch.setattr(importlib.import_module(name), "run_episodes", run_episodes)
+
+
+@pytest.fixture
+def short_episodes(monkeypatch):
+    """Episodes of the walker's tasks have 100 steps instead of 1000, in this process."""
+
+    def forget_environments():
+        for name in SCRIPTS + EXAMPLES:
+            importlib.import_module(name).make_env.cache_clear()
+
+    for make in (walker.stand, walker.walk, walker.run):
+        monkeypatch.setattr(make, "__defaults__", (2.5, None, None))  # the time limit in seconds
+    forget_environments()
+    yield
+    forget_environments()
 
 
 def assert_stopped(outcome, message):

@@ -14,7 +14,7 @@ from conftest import own_rewards, script
 TASKS = ["walker-stand", "walker-walk"]
 SIZES = ["--hidden", 16, "--batch-size", 32, "--eval-episodes", 1, "--final-eval-episodes", 2]
 SIZES += ["--threads", 1, "--device", "cpu"]
-TD3 = [*SIZES, "--total-timesteps", 2000, "--eval-every", 1000, "--learning-starts", 500]
+TD3 = [*SIZES, "--total-timesteps", 2000, "--eval-every", 1000, "--learning-starts", 1900]
 TD3 += ["--medium-step", 1000, "--num-transitions", 2000]
 STEPS = [*SIZES, "--gradient-steps", 20, "--eval-every", 10]
 
@@ -128,7 +128,7 @@ def test_checkpoints_describe_themselves(chain, kind, path, run, step):
         assert [float(row["return"]) for row in rows] == returns
 
 
-def test_two_tasks_through_every_script(folder, run_main):
+def test_two_tasks_through_every_script(folder, run_main, short_episodes):
     """Also Gaussian teachers and naive multi-task PBRL."""
     short = [*STEPS, "--eval-every", 20, "--final-eval-episodes", 1]
 

@@ -91,7 +91,7 @@ STAND_INS = {  # files that a page takes for granted: a reader has them from ano
 
 
 @pytest.fixture
-def repository(tmp_path, monkeypatch):
+def repository(tmp_path, monkeypatch, short_episodes):
     """A copy of what the commands need, with 2 episodes per dataset, and the stand-ins."""
     monkeypatch.chdir(tmp_path)
     for path in ROOT.glob("mop_*.py"):
