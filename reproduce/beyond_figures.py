@@ -29,6 +29,8 @@ from figures import COLOURS, interval  # noqa: E402
 
 CONFIG = yaml.safe_load((ROOT / "reproduce/beyond.yaml").read_text())
 AMOUNTS = CONFIG["transitions"]
+MOST = max(AMOUNTS)
+DOMAIN_AMOUNT = CONFIG["domain_transitions"]
 WIDTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
@@ -94,12 +96,12 @@ def domains_table(results: Path) -> str:
     for group, tasks in CONFIG["groups"].items():
         if group.startswith("walker"):
             continue
-        name = f"{group}-expert-{max(AMOUNTS)}-number"
+        name = f"{group}-expert-{DOMAIN_AMOUNT}-number"
         for task in tasks:
             behavior = final_return(results / f"behavior/{task}-expert.csv", task)
             if behavior is None:
                 continue
-            teacher_folder = results / f"teacher/{task}-expert-{max(AMOUNTS)}"
+            teacher_folder = results / f"teacher/{task}-expert-{DOMAIN_AMOUNT}"
             teacher = final_return(teacher_folder / "seed1.csv", task)
             student = over_seeds(results / "student" / name, task)
             cells = [
@@ -116,9 +118,10 @@ def domains_table(results: Path) -> str:
 def sharing_table(results: Path) -> str:
     lines = ["| group | ids | per-state tau-a | average tau-a | CKA |", "|---|---|---|---|---|"]
     for group, tasks in CONFIG["groups"].items():
-        level = "medium" if group.startswith("walker") else "expert"
+        walker = group.startswith("walker")
+        data = f"medium-{MOST}" if walker else f"expert-{DOMAIN_AMOUNT}"
         for encoding in ("number", "onehot"):
-            folder = results / f"measure/student/{group}-{level}-{max(AMOUNTS)}-{encoding}"
+            folder = results / f"measure/student/{group}-{data}-{encoding}"
             for i, j in combinations(range(len(tasks)), 2):
                 pair = f" {i}-{j}" if len(tasks) > 2 else ""
                 cells = [f"{tasks[i]}, {tasks[j].partition('-')[2]}", encoding]
@@ -134,10 +137,10 @@ def three_tasks_table(results: Path) -> str:
     lines.append("|---|---|---|---|---|")
     for task in CONFIG["groups"]["walker3"]:
         behavior = final_return(results / f"behavior/{task}-medium.csv", task)
-        teachers = over_seeds(results / f"teacher/{task}-medium-{max(AMOUNTS)}", task)
+        teachers = over_seeds(results / f"teacher/{task}-medium-{MOST}", task)
         cells = [task, f"{behavior:.1f}" if behavior else "", text(teachers)]
         for encoding in ("number", "onehot"):
-            name = f"walker3-medium-{max(AMOUNTS)}-{encoding}"
+            name = f"walker3-medium-{MOST}-{encoding}"
             cells.append(text(over_seeds(results / "student" / name, task)))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -198,8 +201,8 @@ def draw_domains(results: Path, path: Path) -> None:
             continue
         for task in tasks:
             behavior = final_return(results / f"behavior/{task}-expert.csv", task)
-            teachers = over_seeds(results / f"teacher/{task}-expert-{max(AMOUNTS)}", task)
-            folder = results / f"student/{group}-expert-{max(AMOUNTS)}-number"
+            teachers = over_seeds(results / f"teacher/{task}-expert-{DOMAIN_AMOUNT}", task)
+            folder = results / f"student/{group}-expert-{DOMAIN_AMOUNT}-number"
             students = over_seeds(folder, task)
             if behavior is None or not students:
                 continue

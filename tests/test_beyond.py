@@ -17,7 +17,7 @@ sys.path.append(str(ROOT / "reproduce"))
 figures = importlib.import_module("beyond_figures")
 losses = importlib.import_module("losses")
 
-MOST = max(figures.AMOUNTS)
+AMOUNT = figures.DOMAIN_AMOUNT
 COLUMNS = ["policy", "task", "evaluation", "step", "episode", "return"]
 PAGE = """# Page
 <!-- table domains -->
@@ -61,13 +61,13 @@ def lines(tmp_path, monkeypatch) -> list[str]:
     student = {"hopper__stand": 0, "hopper__hop": 50}
     measures = []
     for seed, value in ((1, 760), (2, 740), (3, 780)):
-        folder = results / f"teacher/hopper-stand-expert-{MOST}"
+        folder = results / f"teacher/hopper-stand-expert-{AMOUNT}"
         write_returns(folder / f"seed{seed}.csv", **{"hopper__stand": value})
         student["hopper__stand"] = value - 76
-        folder = results / f"student/hopper-expert-{MOST}-number"
+        folder = results / f"student/hopper-expert-{AMOUNT}-number"
         write_returns(folder / f"seed{seed}.csv", **student)
         measures = [("per-state tau-a", layer, 0.1 * (seed + layer), "") for layer in (1, 2)]
-        folder = results / f"measure/student/hopper-expert-{MOST}-number"
+        folder = results / f"measure/student/hopper-expert-{AMOUNT}-number"
         write(folder / f"seed{seed}.csv", ["measure", "layer", "value", "std"], measures)
     write_returns(results / "teacher/walker-walk-medium-30000/seed1.csv", **{"walker__walk": 300})
     (tmp_path / "beyond.md").write_text(PAGE)
