@@ -66,7 +66,7 @@ VERSIONS = {
     "numpy": np.__version__,
     "mujoco": mujoco.__version__,
 }
-EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; others from lower ones
+EVAL_SEEDS = range(2**31, 2**32)  # of the evaluation's episodes; all other seeds are lower
 TAU_STATES = 1000  # states per task and evaluation in which tau is taken
 LAPTOP = {"gradient_steps": 20_000, "learning_rate": 1e-3}  # defaults with --scale laptop
 
@@ -125,10 +125,10 @@ class Args:
     """width of both hidden layers"""
 
     # system
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is a CUDA device"""
-    threads: int = 0
-    """CPU threads, and processes that run episodes; 0: as many as this process may use"""
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    """of the networks; episodes run on the CPU"""
+    threads: int = torch.get_num_threads()
+    """CPU threads, and processes that run episodes"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """precision of float32 matrix products (torch.set_float32_matmul_precision)"""
     cuda_graph: bool = False
@@ -137,7 +137,7 @@ class Args:
 
 # ------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
-    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or of a Gaussian means, log stds."""
+    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or a Gaussian's means, log stds."""
 
     def __init__(self, in_dim: int, out_dim: int, hidden: int):
         super().__init__()
@@ -300,7 +300,7 @@ def layer_taus(student: Actor, obs: Tensor, code, other_code) -> list[Tensor]:
 
 # ------------------------------------------------------------------------------------- training
 def main():
-    args, resume_point, device = parse_args()
+    args, resume_point = parse_args()
     torch.set_flush_denormal(args.regularizer == "pairwise")  # denormal gradients are slow
     num_tasks = len(args.tasks)
     check(len(set(args.tasks)) == num_tasks > 0, "--tasks: expected distinct tasks")
@@ -324,7 +324,7 @@ def main():
     # states, and what the frozen teachers say about them
     states = []
     for i, task in enumerate(args.tasks):
-        states.append(load_observations(data_paths[i], task, levels[i], obs_dim).to(device))
+        states.append(load_observations(data_paths[i], task, levels[i], obs_dim).to(args.device))
         print(f"task {i}: {task}, {len(states[i])} states of {data_paths[i]}")
     if args.states == "shared":
         states = [torch.cat(states)] * num_tasks
@@ -334,12 +334,12 @@ def main():
     teacher_returns = []
     for i, task in enumerate(args.tasks):
         teacher = load_teacher(teacher_paths[i], task, obs_dim, action_dim)
-        actor = load_actor(teacher).to(device)
+        actor = load_actor(teacher).to(args.device)
         with torch.no_grad():
             labels.append(torch.cat([actor(part) for part in states[i].split(65_536)]))
         if args.loss == "q":
             weights = teacher["critics"]
-            critics.append({name: weight.to(device) for name, weight in weights.items()})
+            critics.append({name: weight.to(args.device) for name, weight in weights.items()})
         log_std_bounds.append(teacher["sizes"]["log_std"])  # None of a deterministic teacher
         teacher_returns.append(np.mean(teacher["returns"][task]))
         print(f"teacher {i}: {teacher_paths[i]}, return {teacher_returns[i]:.1f}")
@@ -350,15 +350,13 @@ def main():
     # student
     torch.manual_seed(zlib.crc32(f"{args.seed} student".encode()))
     if args.task_encoding == "onehot":
-        codes = torch.eye(num_tasks, device=device)  # (task, code)
+        codes = torch.eye(num_tasks, device=args.device)  # (task, code)
     else:
-        codes = torch.arange(num_tasks, device=device).float()[:, None]
+        codes = torch.arange(num_tasks, device=args.device).float()[:, None]
     in_dim = obs_dim + codes.shape[1]
     out_dim = 2 * action_dim if args.loss == "kl" else action_dim
-    student = Actor(in_dim, out_dim, args.hidden).to(device)
-    optimizer = Adam(
-        student.parameters(), lr=args.learning_rate, fused=True, capturable=args.cuda_graph
-    )
+    student = Actor(in_dim, out_dim, args.hidden).to(args.device)
+    optimizer = Adam(student.parameters(), lr=args.learning_rate, fused=True, capturable=True)
 
     # run folder, resume
     run_dir = make_run_dir(args, f"{args.loss}-{args.regularizer}-{args.hidden}-{levels[0]}")
@@ -374,7 +372,7 @@ def main():
         rows = resume_point["rows"]
         student.load_state_dict(resume_point["student"])
         optimizer.load_state_dict(resume_point["optimizer"])
-        optimizer.param_groups[0].update(lr=args.learning_rate, capturable=args.cuda_graph)
+        optimizer.param_groups[0]["lr"] = args.learning_rate
         torch.set_rng_state(resume_point["random_states"][0])
         torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
 
@@ -385,7 +383,7 @@ def main():
         metrics = {}
         total_loss = 0
         for i, task in enumerate(args.tasks):
-            index = torch.randint(len(states[i]), (args.batch_size,), device=device)
+            index = torch.randint(len(states[i]), (args.batch_size,), device=args.device)
             obs = states[i][index]
             label = labels[i][index]
             x = add_code(obs, codes[i])
@@ -433,7 +431,7 @@ def main():
             returns = {}
             report = f"step {step}:"
             for i, task in enumerate(args.tasks):
-                seeds = range(EVAL_SEED, EVAL_SEED + num_episodes)
+                seeds = EVAL_SEEDS[:num_episodes]
                 code = codes[i].tolist()
                 episodes = run_episodes(student, task, seeds, args.threads, code=code)
                 returns[task] = log_returns(writer, rows["returns"], step, task, episodes)
@@ -441,7 +439,7 @@ def main():
                 report += f" (teacher {teacher_returns[i]:.1f})"
                 visited = np.concatenate([episode["observations"] for episode in episodes])
                 order = np.random.default_rng(step).permutation(len(visited))
-                obs = torch.from_numpy(visited[order[:TAU_STATES]]).to(device)
+                obs = torch.from_numpy(visited[order[:TAU_STATES]]).to(args.device)
                 for j, other_task in enumerate(args.tasks):
                     if j == i:
                         continue
@@ -488,7 +486,6 @@ def main():
             resume_point = {
                 "kind": f"resume point of {Path(__file__).name}",
                 "args": vars(replace(args, **files)),
-                "device": device,
                 "step": step,
                 "rows": rows,
                 "student": student.state_dict(),
@@ -502,11 +499,11 @@ def main():
 
 # ===================================== the method ends here; below: command line, episodes, files
 def parse_args():
-    """The command line -> (args, resume point or None, device).
+    """The command line -> (args, resume point or None).
 
     The defaults are those of the run to resume, else of --scale; flags that are given win.
     """
-    args = tyro.cli(Args, description=__doc__)  # a first time, for --scale and --resume alone
+    args = tyro.cli(Args, description=__doc__)  # a first time, to know the defaults of the second
     default = Args()
     resume_point = None
     if args.scale == "laptop":
@@ -516,17 +513,13 @@ def parse_args():
         resume_point = read_pt(path, f"resume point of {Path(__file__).name}")
         default = Args(**resume_point["args"])
     args = tyro.cli(Args, description=__doc__, default=default)
-    device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
-    needs_cuda = args.device == "cuda" or args.cuda_graph
-    check(device == "cuda" or not needs_cuda, "--device cuda, --cuda-graph: no CUDA device found")
-    if resume_point:
-        found = resume_point["device"]
-        check(found == device, f"--resume: expected a run on {device}, found one on {found}")
-    if args.threads > 0:
-        torch.set_num_threads(args.threads)
-    args.threads = torch.get_num_threads()  # 0 has become as many cores as torch may use
+    check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: found no CUDA device")
+    check(args.device == "cuda" or not args.cuda_graph, "--cuda-graph: expected --device cuda")
+    same = args.device == default.device or not args.resume
+    check(same, f"--resume: expected --device {default.device}, as before")
+    torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
-    return args, resume_point, device
+    return args, resume_point
 
 
 def find_file(path: str) -> str:
@@ -615,7 +608,7 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
     time_step = env.reset()
     while not time_step.last():
         obs = time_step.observation["observations"].astype(np.float32)
-        x = torch.from_numpy(np.append(obs, code).astype(np.float32))
+        x = torch.cat([torch.from_numpy(obs), torch.tensor(code).float()])
         action = policy(x[None])[0, :action_dim].numpy()
         try:
             time_step = env.step(action)
@@ -629,14 +622,12 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
 def load_observations(path, task: str, level: str, obs_dim: int) -> Tensor:
     """The states of a dataset .npz as in docs/formats.md, (N, obs), checked."""
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # np.load checks only what it reads
         with np.load(path, allow_pickle=False) as file:
             obs = file["observations"]
             metadata = json.loads(str(file["metadata"]))
         found = (metadata["task"], metadata.get("level", level), metadata["schema_version"])
     except Exception as error:
         check(False, f"{path}: expected a dataset as in docs/formats.md; found {error!r:.300}")
-    check(damaged is None, f"{path}: damaged bytes in {damaged}")
     expected = (task, level, SCHEMA_VERSION)
     check(found == expected, f"{path}: expected (task, level, schema) {expected}, found {found}")
     fits = obs.shape == (len(obs), obs_dim) and obs.dtype.kind == "f"
@@ -709,7 +700,7 @@ def write_csv(path: Path, rows: list) -> None:
 
 
 def save(path: Path, content: dict) -> None:
-    """The content as a .pt file that appears whole; stop where a number in it is not finite."""
+    """The content as a .pt file that appears whole; stop where a tensor in it is not finite."""
     check_finite(path.name, content)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")

@@ -34,7 +34,6 @@ import os
 import pickle
 import signal
 import sys
-import time
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
@@ -68,7 +67,8 @@ VERSIONS = {
     "numpy": np.__version__,
     "mujoco": mujoco.__version__,
 }
-EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; others from lower ones
+EVAL_SEEDS = range(2**31, 2**32)  # of the evaluation's episodes; all other seeds are lower
+SHIFT_STEPS = 4_000  # of the classifier of the shift
 SPLIT = {  # shares of the episodes to train, stop and test the classifier of the shift on
     "train": (0.0, 0.6),
     "validation": (0.6, 0.8),
@@ -99,18 +99,14 @@ class Args:
     """replace files of an earlier run"""
 
     # algorithm
-    tau_states: int = 100_000
-    """visited states in which tau is taken, at most"""
-    cka_states: int = 100_000
-    """visited states for CKA, at most"""
-    shift_states: int = 100_000
-    """states per dataset for the shift, at most"""
+    num_states: int = 100_000
+    """states in which tau and CKA are taken, and states per dataset of the shift, at most"""
 
     # system
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is a CUDA device"""
-    threads: int = 0
-    """CPU threads, and processes that run episodes; 0: as many as this process may use"""
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    """of the networks; episodes run on the CPU"""
+    threads: int = torch.get_num_threads()
+    """CPU threads, and processes that run episodes"""
 
 
 # ------------------------------------------------------------------------------------- networks
@@ -218,10 +214,9 @@ def mean_activations(student: Actor, obs: Tensor, code: Tensor) -> Tensor:
 def describe(taus: Tensor) -> dict:
     """Mean and std over the states where tau is defined, and how many are left out (NaN)."""
     defined = taus[~taus.isnan()]
-    variance = (defined - defined.mean()).square().mean()
     return {
         "mean": defined.mean().item(),
-        "std": variance.sqrt().item(),
+        "std": defined.std().item(),
         "undefined": len(taus) - len(defined),
     }
 
@@ -249,18 +244,17 @@ def shared_computation(student: Actor, codes: Tensor, visited: dict, args) -> di
     for i, task in enumerate(tasks):
         means.append(mean_activations(student, visited[task], codes[i]))
 
-    # samples of the states of all tasks
+    # a sample of the states of all tasks
     states = torch.cat(list(visited.values()))
     order = torch.from_numpy(np.random.default_rng(args.seed).permutation(len(states)))
-    tau_obs = states[order[: args.tau_states]]
-    cka_obs = states[order[: args.cka_states]]
+    obs = states[order[: args.num_states]]
 
     rows = []
     for i, j in combinations(range(len(tasks)), 2):
-        taus_a, taus_b = per_state_taus(student, tau_obs, codes[i], codes[j])
+        taus_a, taus_b = per_state_taus(student, obs, codes[i], codes[j])
         averages_a, averages_b = kendall_taus(means[i], means[j])
-        features = hidden_layers(student, add_code(cka_obs, codes[i]))
-        other_features = hidden_layers(student, add_code(cka_obs, codes[j]))
+        features = hidden_layers(student, add_code(obs, codes[i]))
+        other_features = hidden_layers(student, add_code(obs, codes[j]))
         for layer in range(len(features)):
             row = {
                 "ids": [i, j],
@@ -278,25 +272,26 @@ def shared_computation(student: Actor, codes: Tensor, visited: dict, args) -> di
             rows.append(row)
     return {
         "mean_activations": {task: means[i].tolist() for i, task in enumerate(tasks)},
-        "tau_states": len(tau_obs),
-        "cka_states": len(cka_obs),
+        "num_states": len(obs),
         "shared_computation": rows,
     }
 
 
 # ---------------------------------------------------------------------------------------- shift
-def split_episodes(timeouts: np.ndarray, max_states: int, rng) -> tuple[np.ndarray, dict]:
+def split_episodes(ends: np.ndarray, max_states: int, rng) -> tuple[np.ndarray, dict]:
     """The episode of every row, (N,), and which rows to train, to validate and to test on.
+
+    ends: whether a row is the last one of its episode, (N,).
 
     Whole episodes at random: neighbouring rows are nearly equal, so after a split by rows the
     classifier would know test rows by their neighbours. Of fewer than five episodes ten blocks of
     rows take the place. The rows are a sample of at most max_states.
     """
-    episode = np.cumsum(timeouts) - timeouts
+    episode = np.cumsum(ends) - ends
     if episode[-1] < 4:
-        episode = np.arange(len(timeouts)) * 10 // len(timeouts)
+        episode = np.arange(len(ends)) * 10 // len(ends)
     num_episodes = episode[-1] + 1
-    place = rng.permutation(num_episodes)[episode] / num_episodes  # in a random order, [0, 1)
+    place = rng.permutation(num_episodes)[episode] / num_episodes  # of each row's episode, [0, 1)
     rows = {}
     for use, (low, high) in SPLIT.items():
         candidates = np.flatnonzero((low <= place) & (place < high))
@@ -305,58 +300,43 @@ def split_episodes(timeouts: np.ndarray, max_states: int, rng) -> tuple[np.ndarr
     return episode, rows
 
 
+def logistic_loss(net: nn.Module, obs_a: Tensor, obs_b: Tensor) -> Tensor:
+    """Cross-entropy of the logits of states of A and of B, which weigh the same. (n, d) -> ()."""
+    return F.softplus(-net(obs_a)).mean() + F.softplus(net(obs_b)).mean()
+
+
 def train_classifier(train: list, validation: list, seed: int) -> nn.Module:
     """A network of the logit ln p_A(s) / p_B(s), (n, d) -> (n, 1).
 
-    train, validation: [states of A, states of B], (n, d) each. After two epochs without a lower
-    validation loss the best weights are taken back with a lower learning rate; the fourth time
-    is the end.
+    train, validation: [states of A, states of B], (n, d) each. The learning rate falls linearly to
+    0; the weights with the lowest validation loss, taken every 200 steps, are kept.
     """
     torch.manual_seed(seed)
-    obs = torch.cat(train)
     net = nn.Sequential(
-        nn.Linear(obs.shape[1], 128),
+        nn.Linear(train[0].shape[1], 128),
         nn.SiLU(),
         nn.Linear(128, 128),
         nn.SiLU(),
         nn.Linear(128, 1),
-    ).to(obs.device)
+    ).to(train[0].device)
     optimizer = Adam(net.parameters(), lr=1e-3, fused=True)
-    labels = []
-    weights = []
-    for part, label in zip(train, (1.0, 0.0), strict=True):
-        labels.append(torch.full((len(part), 1), label))
-        weight = len(obs) / (2 * len(part))  # A and B weigh the same, whatever their sizes
-        weights.append(torch.full((len(part), 1), weight))
-    labels = torch.cat(labels).to(obs.device)
-    weights = torch.cat(weights).to(obs.device)
-
     best_loss = math.inf
     best_weights = None
-    epochs_waited = 0
-    num_drops = 0  # of the learning rate
-    for _ in tqdm(range(100), desc="classifier", unit="epoch", disable=None, leave=False):
-        for index in torch.randperm(len(obs)).to(obs.device).split(1024):
-            logit = net(obs[index])
-            loss = F.binary_cross_entropy_with_logits(logit, labels[index], weights[index])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        with torch.no_grad():
-            loss_a = F.softplus(-net(validation[0])).mean().item()
-            loss_b = F.softplus(net(validation[1])).mean().item()
-        epochs_waited += 1
-        if loss_a + loss_b < best_loss:
-            best_loss = loss_a + loss_b
-            best_weights = deepcopy(net.state_dict())
-            epochs_waited = 0
-        elif epochs_waited == 2:
-            net.load_state_dict(best_weights)
-            optimizer.param_groups[0]["lr"] *= 0.3
-            epochs_waited = 0
-            num_drops += 1
-        if num_drops == 4:
-            break
+    for step in tqdm(range(1, SHIFT_STEPS + 1), desc="classifier", disable=None, leave=False):
+        batch = []
+        for obs in train:
+            batch.append(obs[torch.randint(len(obs), (256,), device=obs.device)])
+        loss = logistic_loss(net, *batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / SHIFT_STEPS)
+        if step % 200 == 0:
+            with torch.no_grad():
+                validation_loss = logistic_loss(net, *validation).item()
+            if validation_loss < best_loss:
+                best_loss = validation_loss
+                best_weights = deepcopy(net.state_dict())
     net.load_state_dict(best_weights)
     return net
 
@@ -375,34 +355,26 @@ def divergences(logit_a, logit_b, episode_a, episode_b) -> dict:
     """Estimates from the logits f ~ ln p_A / p_B of held-out states of A and B and their episodes.
 
     js_bits, before it is clipped to [0, 1], is on average at most the true JS. kl_ab and kl_ba,
-    in nats, are no bounds, and n states cannot confirm a KL above ln n (McAllester & Stratos
-    2020): one named in beyond_limit says "large", no more. All arrays (n_A,) or (n_B,).
+    in nats, are no bounds, and n states cannot confirm a KL above kl_limit = ln n (McAllester &
+    Stratos 2020): one above it says "large", no more. All arrays (n_A,) or (n_B,).
     """
-    num_a = len(logit_a)
-    num_b = len(logit_b)
     js_a = clustered(1 - np.logaddexp(0, -logit_a) / np.log(2), episode_a)
     js_b = clustered(1 - np.logaddexp(0, logit_b) / np.log(2), episode_b)
     js = {
         "value": min(max((js_a["value"] + js_b["value"]) / 2, 0.0), 1.0),
         "error": math.hypot(js_a["error"], js_b["error"]) / 2,
     }
-    kl_limit = math.log(min(num_a, num_b))
-    kl = {
-        "kl_ab": clustered(logit_a, episode_a),
-        "kl_ba": clustered(-logit_b, episode_b),
-    }
     return {
         "js_bits": js,
-        "kl_ab": kl["kl_ab"],
-        "kl_ba": kl["kl_ba"],
+        "kl_ab": clustered(logit_a, episode_a),
+        "kl_ba": clustered(-logit_b, episode_b),
+        "kl_limit": math.log(min(len(logit_a), len(logit_b))),
         "accuracy": float((logit_a > 0).mean() + (logit_b < 0).mean()) / 2,
-        "kl_limit": kl_limit,
-        "beyond_limit": [name for name in kl if kl[name]["value"] > kl_limit],
     }
 
 
 def state_shift(data: list, max_states: int, seed: int, device) -> dict:
-    """Divergence of the states of two datasets, data: (observations (N, d), timeouts (N,)) each.
+    """Divergence of the states of two datasets, data: (observations (N, d), ends (N,)) each.
 
     The classifier is trained, stopped and tested on states of different episodes.
     """
@@ -411,8 +383,8 @@ def state_shift(data: list, max_states: int, seed: int, device) -> dict:
     validation = []
     test = []
     test_episodes = []
-    for obs, timeouts in data:
-        episode, rows = split_episodes(timeouts, max_states, rng)
+    for obs, ends in data:
+        episode, rows = split_episodes(ends, max_states, rng)
         train.append(torch.from_numpy(obs[rows["train"]]).to(device))
         validation.append(torch.from_numpy(obs[rows["validation"]]).to(device))
         test.append(torch.from_numpy(obs[rows["test"]]).to(device))
@@ -437,7 +409,7 @@ def state_shift(data: list, max_states: int, seed: int, device) -> dict:
 
 # ------------------------------------------------------------------------------------ measuring
 def main():
-    args, device = parse_args()
+    args = parse_args()
     check(
         args.student or args.teachers or args.shift,
         "nothing to measure: pass --student, --teachers or --shift",
@@ -449,11 +421,11 @@ def main():
         student_tasks = checkpoint["tasks"]
         num_tasks = len(student_tasks)
         if checkpoint["sizes"]["task_encoding"] == "onehot":
-            codes = torch.eye(num_tasks, device=device)  # (task, code)
+            codes = torch.eye(num_tasks, device=args.device)  # (task, code)
         else:
-            codes = torch.arange(num_tasks, device=device).float()[:, None]
+            codes = torch.arange(num_tasks, device=args.device).float()[:, None]
         check_sizes(args.student, checkpoint, student_tasks, codes.shape[1])
-        student = load_actor(checkpoint).to(device)
+        student = load_actor(checkpoint).to(args.device)
     teachers = []
     for path in args.teachers:
         teacher = read_pt(path, "teacher", "behavior")
@@ -467,7 +439,6 @@ def main():
         check(widths[0] == widths[1], f"--shift: expected states of one size, found {widths}")
     run_dir = make_run_dir(args)
     report = {"args": vars(args), "versions": VERSIONS}
-    start = time.time()
 
     # the student in each task, under its own id
     if args.student:
@@ -482,10 +453,10 @@ def main():
         report["returns"] = {}
         report["states"] = {}
         for i, task in enumerate(student_tasks):
-            seeds = range(EVAL_SEED, EVAL_SEED + args.episodes)
+            seeds = EVAL_SEEDS[: args.episodes]
             episodes = run_episodes(student, task, seeds, args.threads, code=codes[i].tolist())
             states = np.concatenate([episode["observations"] for episode in episodes])
-            visited[task] = torch.from_numpy(states).to(device)
+            visited[task] = torch.from_numpy(states).to(args.device)
             report["returns"][task] = return_statistics(episodes)
             report["states"][task] = len(states)
             print(f"{task}: return {text_of(report['returns'][task])}, {len(episodes)} episodes")
@@ -508,38 +479,35 @@ def main():
     # every policy under the reward of every task
     if teachers:
         report["cross_task"] = []
-    for path, teacher in zip(args.teachers, teachers, strict=True):
-        row = {
-            "checkpoint": Path(path).name,
-            "kind": teacher["kind"],
-            "task": teacher["tasks"][0],
-            "returns": {},
-        }
-        actor = load_actor(teacher)
-        line = f"{row['checkpoint']} ({row['task']}):"
-        for task in args.tasks:
-            seeds = range(EVAL_SEED, EVAL_SEED + args.cross_episodes)
-            episodes = run_episodes(actor, task, seeds, args.threads)
-            row["returns"][task] = return_statistics(episodes)
-            line += f" {task} {text_of(row['returns'][task])}"
-        report["cross_task"].append(row)
-        print(line)
+        for path, teacher in zip(args.teachers, teachers, strict=True):
+            row = {
+                "checkpoint": Path(path).name,
+                "kind": teacher["kind"],
+                "task": teacher["tasks"][0],
+                "returns": {},
+            }
+            actor = load_actor(teacher)
+            line = f"{row['checkpoint']} ({row['task']}):"
+            for task in args.tasks:
+                seeds = EVAL_SEEDS[: args.cross_episodes]
+                episodes = run_episodes(actor, task, seeds, args.threads)
+                row["returns"][task] = return_statistics(episodes)
+                line += f" {task} {text_of(row['returns'][task])}"
+            report["cross_task"].append(row)
+            print(line)
 
     # how far two datasets lie apart
     if args.shift:
-        shift = state_shift(shift_data, args.shift_states, args.seed, device)
+        shift = state_shift(shift_data, args.num_states, args.seed, args.device)
         names = {"a": Path(args.shift[0]).name, "b": Path(args.shift[1]).name}
         report["shift"] = names | shift
         print(f"shift between A = {names['a']} and B = {names['b']}, +- standard error:")
         for name in ("js_bits", "kl_ab", "kl_ba"):
-            large = (
-                ", above ln(test states): large, no more" if name in shift["beyond_limit"] else ""
-            )
-            print(f"{name} {shift[name]['value']:.3f} +- {shift[name]['error']:.3f}{large}")
+            print(f"{name} {shift[name]['value']:.3f} +- {shift[name]['error']:.3f}")
+        print(f"a KL above {shift['kl_limit']:.1f} says no more than: large")
         print(f"accuracy {shift['accuracy']:.3f}")
 
     # file
-    report["seconds"] = round(time.time() - start)
     temporary = run_dir / ".measure.json"
     temporary.write_text(json.dumps(null_for_nan(report), indent=1) + "\n")
     os.replace(temporary, run_dir / "measure.json")
@@ -548,14 +516,10 @@ def main():
 
 # ===================================== the method ends here; below: command line, episodes, files
 def parse_args():
-    """The command line -> (args, device)."""
     args = tyro.cli(Args, description=__doc__)
-    device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
-    check(device == "cuda" or args.device != "cuda", "--device cuda: no CUDA device found")
-    if args.threads > 0:
-        torch.set_num_threads(args.threads)
-    args.threads = torch.get_num_threads()  # else torch's choice: the cores that it may use
-    return args, device
+    check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: found no CUDA device")
+    torch.set_num_threads(args.threads)
+    return args
 
 
 def make_run_dir(args) -> Path:
@@ -631,7 +595,7 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
     time_step = env.reset()
     while not time_step.last():
         obs = time_step.observation["observations"].astype(np.float32)
-        x = torch.from_numpy(np.append(obs, code).astype(np.float32))
+        x = torch.cat([torch.from_numpy(obs), torch.tensor(code).float()])
         action = policy(x[None])[0, :action_dim].numpy()
         try:
             time_step = env.step(action)
@@ -658,20 +622,20 @@ def text_of(statistics: dict) -> str:
 
 
 def load_states(path) -> tuple[np.ndarray, np.ndarray]:
-    """Observations (N, obs) and timeouts (N,) of a dataset .npz as in docs/formats.md, checked."""
+    """Observations (N, obs) and ends of episodes (N,) of a dataset (docs/formats.md), checked."""
     try:
         with np.load(path, allow_pickle=False) as file:
             obs = file["observations"].astype(np.float32)
-            timeouts = file["timeouts"].astype(bool)
+            ends = file["terminals"].astype(bool) | file["timeouts"].astype(bool)
             version = json.loads(str(file["metadata"]))["schema_version"]
     except Exception as error:
         check(False, f"{path}: expected a dataset as in docs/formats.md; found {error!r:.300}")
     check(version == SCHEMA_VERSION, f"{path}: expected schema {SCHEMA_VERSION}, found {version}")
-    fits = obs.ndim == 2 and timeouts.shape == (len(obs),) and len(obs) >= 100
-    shapes = f"observations {obs.shape}, timeouts {timeouts.shape}"
+    fits = obs.ndim == 2 and ends.shape == (len(obs),) and len(obs) >= 100
+    shapes = f"observations {obs.shape}, timeouts {ends.shape}"
     check(fits, f"{path}: expected 100 rows or more of (N, obs) and (N,), found {shapes}")
     check(np.isfinite(obs).all(), f"{path}: observations: found NaN or infinite values")
-    return obs, timeouts
+    return obs, ends
 
 
 def read_pt(path, *kinds: str) -> dict:

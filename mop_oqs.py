@@ -4,8 +4,8 @@
 
 Teacher ij learned task i from the data of task j alone, with the rewards of task i (mop_ds.py
 --task i --sources j); the ii are MOP's teachers (mop_pbrl_teacher.py). The student is distilled on
-all states s of all tasks. In each, task i is taught by that teacher ij which gives its own action
-the highest value; the loss is a mean over tasks and states of
+all states s of all tasks. The label of task i in state s is the action of that teacher ij whose
+critics value its own action most; the loss is a mean over tasks and states of
 
   || pi_ij^T(s) - pi^S(s, i) ||_2^2, j = argmax_j min_k Q_{ij,k}(s, pi_ij^T(s))
 
@@ -58,7 +58,7 @@ VERSIONS = {
     "numpy": np.__version__,
     "mujoco": mujoco.__version__,
 }
-EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; others from lower ones
+EVAL_SEEDS = range(2**31, 2**32)  # of the evaluation's episodes; all other seeds are lower
 LAPTOP = {"gradient_steps": 20_000, "learning_rate": 1e-3}  # defaults with --scale laptop
 
 
@@ -105,10 +105,10 @@ class Args:
     """width of both hidden layers"""
 
     # system
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is a CUDA device"""
-    threads: int = 0
-    """CPU threads, and processes that run episodes; 0: as many as this process may use"""
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    """of the networks; episodes run on the CPU"""
+    threads: int = torch.get_num_threads()
+    """CPU threads, and processes that run episodes"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """precision of float32 matrix products (torch.set_float32_matmul_precision)"""
     cuda_graph: bool = False
@@ -117,7 +117,7 @@ class Args:
 
 # ------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
-    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or of a Gaussian means, log stds."""
+    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or a Gaussian's means, log stds."""
 
     def __init__(self, in_dim: int, out_dim: int, hidden: int):
         super().__init__()
@@ -160,31 +160,31 @@ def q_values(critics: dict, obs: Tensor, action: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def q_switch(teachers, obs: Tensor, rows: int = 16_384) -> tuple[Tensor, Tensor]:
+def q_switch(teachers, obs: Tensor, chunk_size: int = 16_384) -> tuple[Tensor, Tensor]:
     """Per state the action of the teacher that values its own one most (6.4.3).
 
-    teachers: pairs (actor, weights of the critics), one per source j; rows: states at a time.
+    teachers: pairs (actor, weights of the critics), one per source j; chunk_size: states at a time.
     (N, obs) -> actions (N, act), and whose they are, argmax_j min_k Q_{ij,k}(s, pi_ij(s)), (N,).
     """
     best_actions = []
     winners = []
-    for part in obs.split(rows):
+    for chunk in obs.split(chunk_size):
         actions = []
         values = []
         for actor, critics in teachers:
-            action = actor(part)
+            action = actor(chunk)
             actions.append(action)
-            values.append(q_values(critics, part, action).min(dim=0).values)
-        winner = torch.stack(values).argmax(dim=0)  # (rows,)
-        row = torch.arange(len(part), device=obs.device)
-        best_actions.append(torch.stack(actions)[winner, row])
+            values.append(q_values(critics, chunk, action).min(dim=0).values)
+        winner = torch.stack(values).argmax(dim=0)  # (chunk,)
+        every_state = torch.arange(len(chunk), device=obs.device)
+        best_actions.append(torch.stack(actions)[winner, every_state])
         winners.append(winner)
     return torch.cat(best_actions), torch.cat(winners)
 
 
 # ------------------------------------------------------------------------------------- training
 def main():
-    args, resume_point, device = parse_args()
+    args, resume_point = parse_args()
     num_tasks = len(args.tasks)
     check(len(set(args.tasks)) == num_tasks > 1, "--tasks: expected two or more distinct tasks")
     check(len(args.level) in (1, num_tasks), "--level: expected one level, or one per task")
@@ -206,7 +206,7 @@ def main():
     # states, and what the frozen teachers say about them
     parts = []
     for i, task in enumerate(args.tasks):
-        parts.append(load_observations(data_paths[i], task, levels[i], obs_dim).to(device))
+        parts.append(load_observations(data_paths[i], task, levels[i], obs_dim).to(args.device))
         print(f"task {i}: {task}, {len(parts[i])} states of {data_paths[i]}")
     states = torch.cat(parts)
     num_states = [len(part) for part in parts]
@@ -222,8 +222,8 @@ def main():
             found = teacher.get("data_tasks", teacher["tasks"])  # without it: of its own task
             check(found == [source], f"{path}: expected a teacher from {source}, found {found}")
             check(not teacher["sizes"]["log_std"], f"{path}: found a Gaussian teacher")
-            critics = {name: weight.to(device) for name, weight in teacher["critics"].items()}
-            teachers.append((load_actor(teacher).to(device), critics))
+            critics = {name: weight.to(args.device) for name, weight in teacher["critics"].items()}
+            teachers.append((load_actor(teacher).to(args.device), critics))
             mean = np.mean(teacher["returns"][task])
             texts.append(f"from {source} {mean:.1f}")
             print(f"{task} from {source}: {path}, return {mean:.1f}")
@@ -242,14 +242,12 @@ def main():
     # student
     torch.manual_seed(zlib.crc32(f"{args.seed} student".encode()))
     if args.task_encoding == "onehot":
-        codes = torch.eye(num_tasks, device=device)  # (task, code)
+        codes = torch.eye(num_tasks, device=args.device)  # (task, code)
     else:
-        codes = torch.arange(num_tasks, device=device).float()[:, None]
+        codes = torch.arange(num_tasks, device=args.device).float()[:, None]
     in_dim = obs_dim + codes.shape[1]
-    student = Actor(in_dim, action_dim, args.hidden).to(device)
-    optimizer = Adam(
-        student.parameters(), lr=args.learning_rate, fused=True, capturable=args.cuda_graph
-    )
+    student = Actor(in_dim, action_dim, args.hidden).to(args.device)
+    optimizer = Adam(student.parameters(), lr=args.learning_rate, fused=True, capturable=True)
 
     # run folder, resume
     run_dir = make_run_dir(args, f"{args.hidden}-{levels[0]}")
@@ -264,7 +262,7 @@ def main():
         rows = resume_point["rows"]
         student.load_state_dict(resume_point["student"])
         optimizer.load_state_dict(resume_point["optimizer"])
-        optimizer.param_groups[0].update(lr=args.learning_rate, capturable=args.cuda_graph)
+        optimizer.param_groups[0]["lr"] = args.learning_rate
         torch.set_rng_state(resume_point["random_states"][0])
         torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
 
@@ -275,7 +273,7 @@ def main():
         metrics = {}
         total_loss = 0
         for i, task in enumerate(args.tasks):
-            index = torch.randint(len(states), (args.batch_size,), device=device)
+            index = torch.randint(len(states), (args.batch_size,), device=args.device)
             x = add_code(states[index], codes[i])
             loss = mse_loss(student(x), labels[i][index]).mean()
             metrics[f"loss/mse/{task}"] = loss.detach()
@@ -306,7 +304,7 @@ def main():
             returns = {}
             report = f"step {step}:"
             for i, task in enumerate(args.tasks):
-                seeds = range(EVAL_SEED, EVAL_SEED + num_episodes)
+                seeds = EVAL_SEEDS[:num_episodes]
                 code = codes[i].tolist()
                 episodes = run_episodes(student, task, seeds, args.threads, code=code)
                 returns[task] = log_returns(writer, rows["returns"], step, task, episodes)
@@ -349,7 +347,6 @@ def main():
             resume_point = {
                 "kind": f"resume point of {Path(__file__).name}",
                 "args": vars(replace(args, **files)),
-                "device": device,
                 "step": step,
                 "rows": rows,
                 "student": student.state_dict(),
@@ -363,11 +360,11 @@ def main():
 
 # ===================================== the method ends here; below: command line, episodes, files
 def parse_args():
-    """The command line -> (args, resume point or None, device).
+    """The command line -> (args, resume point or None).
 
     The defaults are those of the run to resume, else of --scale; flags that are given win.
     """
-    args = tyro.cli(Args, description=__doc__)  # a first time, for --scale and --resume alone
+    args = tyro.cli(Args, description=__doc__)  # a first time, to know the defaults of the second
     default = Args()
     resume_point = None
     if args.scale == "laptop":
@@ -377,17 +374,13 @@ def parse_args():
         resume_point = read_pt(path, f"resume point of {Path(__file__).name}")
         default = Args(**resume_point["args"])
     args = tyro.cli(Args, description=__doc__, default=default)
-    device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
-    needs_cuda = args.device == "cuda" or args.cuda_graph
-    check(device == "cuda" or not needs_cuda, "--device cuda, --cuda-graph: no CUDA device found")
-    if resume_point:
-        found = resume_point["device"]
-        check(found == device, f"--resume: expected a run on {device}, found one on {found}")
-    if args.threads > 0:
-        torch.set_num_threads(args.threads)
-    args.threads = torch.get_num_threads()  # 0 has become as many cores as torch may use
+    check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: found no CUDA device")
+    check(args.device == "cuda" or not args.cuda_graph, "--cuda-graph: expected --device cuda")
+    same = args.device == default.device or not args.resume
+    check(same, f"--resume: expected --device {default.device}, as before")
+    torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
-    return args, resume_point, device
+    return args, resume_point
 
 
 def find_file(path: str) -> str:
@@ -476,7 +469,7 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
     time_step = env.reset()
     while not time_step.last():
         obs = time_step.observation["observations"].astype(np.float32)
-        x = torch.from_numpy(np.append(obs, code).astype(np.float32))
+        x = torch.cat([torch.from_numpy(obs), torch.tensor(code).float()])
         action = policy(x[None])[0, :action_dim].numpy()
         try:
             time_step = env.step(action)
@@ -490,14 +483,12 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
 def load_observations(path, task: str, level: str, obs_dim: int) -> Tensor:
     """The states of a dataset .npz as in docs/formats.md, (N, obs), checked."""
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # np.load checks only what it reads
         with np.load(path, allow_pickle=False) as file:
             obs = file["observations"]
             metadata = json.loads(str(file["metadata"]))
         found = (metadata["task"], metadata.get("level", level), metadata["schema_version"])
     except Exception as error:
         check(False, f"{path}: expected a dataset as in docs/formats.md; found {error!r:.300}")
-    check(damaged is None, f"{path}: damaged bytes in {damaged}")
     expected = (task, level, SCHEMA_VERSION)
     check(found == expected, f"{path}: expected (task, level, schema) {expected}, found {found}")
     fits = obs.shape == (len(obs), obs_dim) and obs.dtype.kind == "f"
@@ -570,7 +561,7 @@ def write_csv(path: Path, rows: list) -> None:
 
 
 def save(path: Path, content: dict) -> None:
-    """The content as a .pt file that appears whole; stop where a number in it is not finite."""
+    """The content as a .pt file that appears whole; stop where a tensor in it is not finite."""
     check_finite(path.name, content)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")

@@ -70,7 +70,7 @@ DATASET = {  # arrays of a dataset and their types
     "timeouts": "bool",
     "physics": "float64",
 }
-EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; others from lower ones
+EVAL_SEEDS = range(2**31, 2**32)  # of the evaluation's episodes; all other seeds are lower
 LOG_STD = {"deterministic": None, "gaussian": (-5.0, 0.0), "gaussian-tanh": (-1.0, 1.0)}  # bounds
 LAPTOP = {  # defaults with --scale laptop
     "gradient_steps": 15_000,
@@ -165,10 +165,10 @@ class Args:
     """the lower, the more of the cloning goes to the episodes of the highest return; inf: to all"""
 
     # system
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is a CUDA device"""
-    threads: int = 0
-    """CPU threads, and processes that run episodes; 0: as many as this process may use"""
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    """of the networks; episodes run on the CPU"""
+    threads: int = torch.get_num_threads()
+    """CPU threads, and processes that run episodes"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """precision of float32 matrix products (torch.set_float32_matmul_precision)"""
     cuda_graph: bool = False
@@ -177,7 +177,7 @@ class Args:
 
 # ------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
-    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or of a Gaussian means, log stds."""
+    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or a Gaussian's means, log stds."""
 
     def __init__(self, in_dim: int, out_dim: int, hidden: int):
         super().__init__()
@@ -282,14 +282,16 @@ def pbrl_critic_loss(critics, target_critics, policy, target_policy, batch, beta
 def cloning_weights(rewards: Tensor, ends: Tensor, temperature: float) -> Tensor:
     """Weights of the transitions in behaviour cloning, by the return R of their episode. (N,).
 
-    w ~ exp((R - R_max) / (temperature max |R|)), of mean 1; ends: the last transitions of the
-    episodes, (N,). After Hong et al. 2023 (arXiv 2306.13085), who draw transitions so and divide
-    by R_max - R_min, which on one policy's data leaves out the episodes with the hardest starts.
+    w ~ exp((min(R, R_90) - R_90) / (temperature |R_90|)), of mean 1, where R_90 is the 90% quantile
+    of the returns; ends: the last transitions of the episodes, (N,). After Hong et al. 2023 (arXiv
+    2306.13085), who draw transitions so, with R_max, and divide by R_max - R_min; then a few lucky
+    episodes count most, and those with the hardest starts nothing.
     """
     episode = ends.cumsum(dim=0) - ends.long()  # number of the episode of each transition
     returns = torch.bincount(episode, rewards.double())
-    scale = temperature * returns.abs().max().clamp(min=1e-8)
-    weights = ((returns - returns.max()) / scale).exp()[episode]
+    best = returns.quantile(0.9)
+    scale = temperature * best.abs().clamp(min=1e-8)
+    weights = ((returns.clamp(max=best) - best) / scale).exp()[episode]
     return (weights / weights.mean()).float()
 
 
@@ -336,7 +338,7 @@ def act(actor: Actor, log_std_bounds, obs: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------- training
 def main():
-    args, resume_point, device = parse_args()
+    args, resume_point = parse_args()
     check(args.num_critics > 1, "--num-critics: expected 2 or more, U is their std")
     obs_dim, action_dim = task_sizes(args.task)
 
@@ -344,7 +346,7 @@ def main():
     path = args.data or find_file(f"data/{args.task}-{args.level}.npz")
     data = load_dataset(path, args.task, args.level, obs_dim, action_dim)
     del data["physics"]  # which only data sharing needs
-    transitions = {name: torch.from_numpy(array).to(device) for name, array in data.items()}
+    transitions = {name: torch.from_numpy(array).to(args.device) for name, array in data.items()}
     ends = transitions["terminals"] | transitions.pop("timeouts")
     rewards = transitions["rewards"]
     transitions["cloning_weights"] = cloning_weights(rewards, ends, args.bc_temperature)
@@ -363,13 +365,13 @@ def main():
     torch.manual_seed(zlib.crc32(seed_text.encode()))
     log_std_bounds = LOG_STD[args.actor]
     out_dim = 2 * action_dim if log_std_bounds else action_dim
-    actor = Actor(obs_dim, out_dim, args.hidden).to(device)
-    critics = Critics(args.num_critics, obs_dim, action_dim, args.hidden).to(device)
+    actor = Actor(obs_dim, out_dim, args.hidden).to(args.device)
+    critics = Critics(args.num_critics, obs_dim, action_dim, args.hidden).to(args.device)
     target_actor = deepcopy(actor)
     target_critics = deepcopy(critics)
     # a tensor, since a CUDA graph reads tensors only
-    learning_rate = torch.tensor(args.learning_rate, device=device)
-    adam = partial(Adam, lr=learning_rate, fused=True, capturable=args.cuda_graph)
+    learning_rate = torch.tensor(args.learning_rate, device=args.device)
+    adam = partial(Adam, lr=learning_rate, fused=True, capturable=True)
     actor_optimizer = adam(actor.parameters())
     critic_optimizer = adam(critics.parameters())
     policy = partial(act, actor, log_std_bounds)
@@ -396,7 +398,7 @@ def main():
         for name, part in trained.items():
             part.load_state_dict(resume_point[name])
         for optimizer in (actor_optimizer, critic_optimizer):
-            optimizer.param_groups[0].update(lr=learning_rate, capturable=args.cuda_graph)
+            optimizer.param_groups[0]["lr"] = learning_rate
         torch.set_rng_state(resume_point["random_states"][0])
         torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
 
@@ -438,8 +440,8 @@ def main():
         if share_left < args.anneal:
             learning_rate.fill_(args.learning_rate * share_left / args.anneal)
         beta_ood = max(args.beta_ood * args.beta_ood_decay**step, args.beta_ood_min)
-        beta_ood = torch.full((), beta_ood, device=device)  # a CUDA graph reads tensors only
-        index = torch.randint(num_transitions, (args.batch_size,), device=device)
+        beta_ood = torch.full((), beta_ood, device=args.device)  # a CUDA graph reads tensors only
+        index = torch.randint(num_transitions, (args.batch_size,), device=args.device)
         metrics = update_critics(index, beta_ood)
         if step % args.policy_frequency == 0:
             metrics["loss/actor"] = update_actor(index)
@@ -455,7 +457,7 @@ def main():
         # evaluate, save
         if evaluate:
             num_episodes = args.final_eval_episodes if last else args.eval_episodes
-            seeds = range(EVAL_SEED, EVAL_SEED + num_episodes)
+            seeds = EVAL_SEEDS[:num_episodes]
             episodes = run_episodes(actor, args.task, seeds, args.threads)
             returns = log_returns(writer, rows["returns"], step, args.task, episodes)
             report = f"return {np.mean(returns):.1f} +- {np.std(returns):.1f}"
@@ -492,7 +494,6 @@ def main():
             resume_point = {
                 "kind": f"resume point of {Path(__file__).name}",
                 "args": vars(replace(args, **files)),
-                "device": device,
                 "step": step,
                 "rows": rows,
                 "random_states": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
@@ -506,11 +507,11 @@ def main():
 
 # ===================================== the method ends here; below: command line, episodes, files
 def parse_args():
-    """The command line -> (args, resume point or None, device).
+    """The command line -> (args, resume point or None).
 
     The defaults are those of the run to resume, else of --scale; flags that are given win.
     """
-    args = tyro.cli(Args, description=__doc__)  # a first time, for --scale and --resume alone
+    args = tyro.cli(Args, description=__doc__)  # a first time, to know the defaults of the second
     default = Args()
     resume_point = None
     if args.scale == "laptop":
@@ -520,17 +521,13 @@ def parse_args():
         resume_point = read_pt(path, f"resume point of {Path(__file__).name}")
         default = Args(**resume_point["args"])
     args = tyro.cli(Args, description=__doc__, default=default)
-    device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
-    needs_cuda = args.device == "cuda" or args.cuda_graph
-    check(device == "cuda" or not needs_cuda, "--device cuda, --cuda-graph: no CUDA device found")
-    if resume_point:
-        found = resume_point["device"]
-        check(found == device, f"--resume: expected a run on {device}, found one on {found}")
-    if args.threads > 0:
-        torch.set_num_threads(args.threads)
-    args.threads = torch.get_num_threads()  # 0 has become as many cores as torch may use
+    check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: found no CUDA device")
+    check(args.device == "cuda" or not args.cuda_graph, "--cuda-graph: expected --device cuda")
+    same = args.device == default.device or not args.resume
+    check(same, f"--resume: expected --device {default.device}, as before")
+    torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
-    return args, resume_point, device
+    return args, resume_point
 
 
 def find_file(path: str) -> str:
@@ -619,7 +616,7 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
     time_step = env.reset()
     while not time_step.last():
         obs = time_step.observation["observations"].astype(np.float32)
-        x = torch.from_numpy(np.append(obs, code).astype(np.float32))
+        x = torch.cat([torch.from_numpy(obs), torch.tensor(code).float()])
         action = policy(x[None])[0, :action_dim].numpy()
         try:
             time_step = env.step(action)
@@ -633,14 +630,12 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
 def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> dict:
     """The arrays of a dataset .npz as in docs/formats.md, checked."""
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # np.load checks only what it reads
         with np.load(path, allow_pickle=False) as file:
             data = {name: file[name] for name in DATASET}
             metadata = json.loads(str(file["metadata"]))
         found = (metadata["task"], metadata.get("level", level), metadata["schema_version"])
     except Exception as error:
         check(False, f"{path}: expected a dataset as in docs/formats.md; found {error!r:.300}")
-    check(damaged is None, f"{path}: damaged bytes in {damaged}")
     expected = (task, level, SCHEMA_VERSION)
     check(found == expected, f"{path}: expected (task, level, schema) {expected}, found {found}")
     num_rows = len(data["rewards"])
@@ -706,7 +701,7 @@ def write_csv(path: Path, rows: list) -> None:
 
 
 def save(path: Path, content: dict) -> None:
-    """The content as a .pt file that appears whole; stop where a number in it is not finite."""
+    """The content as a .pt file that appears whole; stop where a tensor in it is not finite."""
     check_finite(path.name, content)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")

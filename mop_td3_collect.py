@@ -69,7 +69,7 @@ DATASET = {  # arrays of a dataset and their types
     "timeouts": "bool",
     "physics": "float64",
 }
-EVAL_SEED = 2**31  # evaluation episode e starts from seed EVAL_SEED + e; others from lower ones
+EVAL_SEEDS = range(2**31, 2**32)  # of the evaluation's episodes; all other seeds are lower
 PLAIN_ONE_IN = {"online": 1, "noise": 10, "random90": 10, "random99": 100}  # --mix: see Args
 LAPTOP = {  # defaults with --scale laptop
     "hidden": 256,
@@ -148,10 +148,10 @@ class Args:
     """steps of uniform random actions before the first update"""
 
     # system
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is a CUDA device"""
-    threads: int = 0
-    """CPU threads, and processes that run episodes; 0: as many as this process may use"""
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    """of the networks; episodes run on the CPU"""
+    threads: int = torch.get_num_threads()
+    """CPU threads, and processes that run episodes"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """precision of float32 matrix products (torch.set_float32_matmul_precision)"""
     cuda_graph: bool = False
@@ -234,7 +234,7 @@ def move_target(target: nn.Module, network: nn.Module, rate: float) -> None:
 
 
 # ------------------------------------------------------------------------------------- training
-def train(args, resume_point, device) -> None:
+def train(args, resume_point) -> None:
     """TD3 on one task, then checkpoints of the medium and the expert behaviour, and datasets."""
     obs_dim, action_dim = task_sizes(args.task)
     env = make_env(args.task)
@@ -257,17 +257,17 @@ def train(args, resume_point, device) -> None:
 
     # networks
     torch.manual_seed(zlib.crc32(f"{args.seed} behavior {args.task}".encode()))
-    actor = Actor(obs_dim, action_dim, args.hidden, layer_norm=True).to(device)
-    critics = Critics(obs_dim, action_dim, args.hidden).to(device)
+    actor = Actor(obs_dim, action_dim, args.hidden, layer_norm=True).to(args.device)
+    critics = Critics(obs_dim, action_dim, args.hidden).to(args.device)
     target_actor = deepcopy(actor)
     target_critics = deepcopy(critics)
-    adam = partial(Adam, lr=args.learning_rate, fused=True, capturable=args.cuda_graph)
+    adam = partial(Adam, lr=args.learning_rate, fused=True, capturable=True)
     actor_optimizer = adam(actor.parameters())
     critic_optimizer = adam(critics.parameters())
 
     # replay buffer: every transition, and the physics states, which only the dataset needs
     columns = [obs_dim, action_dim, 1, obs_dim]  # (s, a, r, s')
-    replay = torch.zeros(args.total_timesteps, sum(columns), device=device)
+    replay = torch.zeros(args.total_timesteps, sum(columns), device=args.device)
     physics = torch.zeros(args.total_timesteps, len(env.physics.get_state()), dtype=torch.float64)
 
     # resume
@@ -291,12 +291,12 @@ def train(args, resume_point, device) -> None:
         check(start <= args.total_timesteps, f"--total-timesteps: {start} are already made")
         rows = resume_point["rows"]
         policies = resume_point["policies"]
-        replay[:start] = resume_point["replay"].to(device)
+        replay[:start] = resume_point["replay"].to(args.device)
         physics[:start] = resume_point["physics"]
         for name, part in trained.items():
             part.load_state_dict(resume_point[name])
         for optimizer in (actor_optimizer, critic_optimizer):
-            optimizer.param_groups[0].update(lr=args.learning_rate, capturable=args.cuda_graph)
+            optimizer.param_groups[0]["lr"] = args.learning_rate
         torch.set_rng_state(resume_point["random_states"][0])
         torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
 
@@ -329,7 +329,7 @@ def train(args, resume_point, device) -> None:
     for step in progress:
         if step % length == 1:
             episode_seed = zlib.crc32(f"{args.seed} {args.task} {step // length}".encode())
-            env.task.random.seed(episode_seed % EVAL_SEED)
+            env.task.random.seed(episode_seed % 2**31)
             obs = flat(env.reset())
             episode_return = 0.0
 
@@ -338,13 +338,13 @@ def train(args, resume_point, device) -> None:
             action = 2 * torch.rand(action_dim) - 1
         else:
             with torch.no_grad():
-                action = actor(torch.from_numpy(obs)[None].to(device))[0].cpu()
+                action = actor(torch.from_numpy(obs)[None].to(args.device))[0].cpu()
             noise = args.exploration_noise * torch.randn(action_dim)
             action = (action + noise).clamp(-1, 1)
 
         # learn from the steps before this one, on a GPU while the physics below runs
         if step > max(args.learning_starts, 1):  # before step 1 there is nothing to learn from
-            index = torch.randint(step - 1, (args.batch_size,), device=device)
+            index = torch.randint(step - 1, (args.batch_size,), device=args.device)
             batch = replay[index].split(columns, dim=1)
             metrics["loss/critics"] = update_critics(*batch)
             if step % args.policy_frequency == 0:
@@ -371,7 +371,7 @@ def train(args, resume_point, device) -> None:
 
         # evaluate, save
         if step % args.eval_every == 0 or step == args.total_timesteps:
-            seeds = range(EVAL_SEED, EVAL_SEED + args.eval_episodes)
+            seeds = EVAL_SEEDS[: args.eval_episodes]
             episodes = run_episodes(actor, args.task, seeds, args.threads)
             returns = log_returns(writer, rows["returns"], step, args.task, episodes)
             report = f"return {np.mean(returns):.1f} +- {np.std(returns):.1f}"
@@ -391,7 +391,6 @@ def train(args, resume_point, device) -> None:
             resume_point = {
                 "kind": f"resume point of {Path(__file__).name}",
                 "args": vars(args),
-                "device": device,
                 "step": step,
                 "rows": rows,
                 "policies": policies,
@@ -407,7 +406,7 @@ def train(args, resume_point, device) -> None:
     # checkpoints and their datasets
     for level, policy in policies.items():
         actor.load_state_dict(policy["actor"])
-        seeds = range(EVAL_SEED, EVAL_SEED + args.final_eval_episodes)
+        seeds = EVAL_SEEDS[: args.final_eval_episodes]
         episodes = run_episodes(actor, args.task, seeds, args.threads)
         returns = [float(episode["rewards"].sum()) for episode in episodes]
         print(f"{level}, step {policy['step']}: {np.mean(returns):.1f} +- {np.std(returns):.1f}")
@@ -466,18 +465,15 @@ def collect(policy_path, mix: str, path: Path, args) -> None:
 
     # every task, level and mix has initial states of its own
     rng = np.random.default_rng([args.seed, zlib.crc32(f"{task} {level} {mix}".encode())])
-    seeds = rng.integers(EVAL_SEED, size=num_episodes).tolist()
+    seeds = rng.integers(2**31, size=num_episodes).tolist()
     episodes = run_episodes(actor, task, seeds[:num_plain], args.threads)
     episodes += run_episodes(actor, task, seeds[num_plain:], args.threads, mix=mix)
     data = {
-        "observations": np.concatenate([episode["observations"][:-1] for episode in episodes]),
-        "actions": np.concatenate([episode["actions"] for episode in episodes]),
-        "rewards": np.concatenate([episode["rewards"] for episode in episodes]),
-        "next_observations": np.concatenate([episode["observations"][1:] for episode in episodes]),
         "terminals": np.zeros(num_episodes * length, bool),
         "timeouts": np.arange(1, num_episodes * length + 1) % length == 0,
-        "physics": np.concatenate([episode["physics"][1:] for episode in episodes]),
     }
+    for name in episodes[0]:
+        data[name] = np.concatenate([episode[name] for episode in episodes])
     whole = len(data["rewards"]) == num_episodes * length
     check(whole, f"{policy_path}: an episode ended early, in an unstable physics state")
     for name, array in data.items():
@@ -515,11 +511,11 @@ def save_dataset(path: Path, data: dict, task: str, source: dict, args) -> None:
 
 
 def main():
-    args, resume_point, device = parse_args()
+    args, resume_point = parse_args()
     if args.policy is None:
         plain = args.mix == "online" and args.output is None
         check(plain, "--mix, --output: expected --policy, whose episodes they are for")
-        train(args, resume_point, device)
+        train(args, resume_point)
     else:
         # a behaviour's plain dataset has the name that training gives it
         name = Path(args.policy).stem.removesuffix("-behavior")
@@ -532,11 +528,11 @@ def main():
 
 # ===================================== the method ends here; below: command line, episodes, files
 def parse_args():
-    """The command line -> (args, resume point or None, device).
+    """The command line -> (args, resume point or None).
 
     The defaults are those of the run to resume, else of --scale; flags that are given win.
     """
-    args = tyro.cli(Args, description=__doc__)  # a first time, for --scale and --resume alone
+    args = tyro.cli(Args, description=__doc__)  # a first time, to know the defaults of the second
     default = Args()
     resume_point = None
     if args.scale == "laptop":
@@ -546,17 +542,13 @@ def parse_args():
         resume_point = read_pt(path, f"resume point of {Path(__file__).name}")
         default = Args(**resume_point["args"])
     args = tyro.cli(Args, description=__doc__, default=default)
-    device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
-    needs_cuda = args.device == "cuda" or args.cuda_graph
-    check(device == "cuda" or not needs_cuda, "--device cuda, --cuda-graph: no CUDA device found")
-    if resume_point:
-        found = resume_point["device"]
-        check(found == device, f"--resume: expected a run on {device}, found one on {found}")
-    if args.threads > 0:
-        torch.set_num_threads(args.threads)
-    args.threads = torch.get_num_threads()  # 0 has become as many cores as torch may use
+    check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: found no CUDA device")
+    check(args.device == "cuda" or not args.cuda_graph, "--cuda-graph: expected --device cuda")
+    same = args.device == default.device or not args.resume
+    check(same, f"--resume: expected --device {default.device}, as before")
+    torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
-    return args, resume_point, device
+    return args, resume_point
 
 
 def make_run_dir(args, name: str) -> Path:
@@ -623,22 +615,18 @@ def run_episode(pickled: bytes, task: str, seed: int, mix: str = "online") -> di
 
     pickled: the policy, (1, obs) -> (1, act), of a Gaussian one the mean comes first; seed: of
     the initial state and the noise; mix: noise adds N(0, 1) noise to the actions, random90 and
-    random99 replace them by uniform ones. Returns arrays:
-    observations (T + 1, obs), actions (T, act), rewards (T,), physics (T + 1, state).
+    random99 replace them by uniform ones. Returns a dataset's arrays, (T, ..), but for the ends.
     """
     policy = pickle.loads(pickled)
     env = make_env(task)
     action_dim = env.action_spec().shape[0]
-    episode = {"observations": [], "actions": [], "rewards": [], "physics": []}
+    names = ["observations", "actions", "rewards", "next_observations", "physics"]
+    episode = {name: [] for name in names}
     rng = np.random.default_rng(seed)
     env.task.random.seed(seed)
     time_step = env.reset()
-    while True:
-        obs = time_step.observation["observations"].astype(np.float32)
-        episode["observations"].append(obs)
-        episode["physics"].append(env.physics.get_state())
-        if time_step.last():
-            break
+    while not time_step.last():
+        obs = flat(time_step)
         action = policy(torch.from_numpy(obs)[None])[0, :action_dim].numpy()
         if mix == "noise":
             action = np.clip(action + rng.standard_normal(action_dim), -1, 1).astype(np.float32)
@@ -648,8 +636,11 @@ def run_episode(pickled: bytes, task: str, seed: int, mix: str = "online") -> di
             time_step = env.step(action)
         except PhysicsError:  # an unstable state: the episode counts as it stands
             break
+        episode["observations"].append(obs)
         episode["actions"].append(action)
         episode["rewards"].append(time_step.reward)
+        episode["next_observations"].append(flat(time_step))
+        episode["physics"].append(env.physics.get_state())
     return {name: np.array(values) for name, values in episode.items()}
 
 
@@ -711,7 +702,7 @@ def write_csv(path: Path, rows: list) -> None:
 
 
 def save(path: Path, content: dict) -> None:
-    """The content as a .pt file that appears whole; stop where a number in it is not finite."""
+    """The content as a .pt file that appears whole; stop where a tensor in it is not finite."""
     check_finite(path.name, content)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")

@@ -68,8 +68,8 @@ class Args:
     """values per axis, from the smallest"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the training loops run"""
-    threads: int = 0
-    """CPU threads; 0: as many as this process may use"""
+    threads: int = torch.get_num_threads()
+    """CPU threads"""
     rounds: int = 3
     """rounds per point, after one to warm up"""
     steps: int = 10

@@ -62,8 +62,8 @@ class Args:
     """what to time, and the memory of a run"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the training loops run"""
-    threads: int = 0
-    """CPU threads, and processes that run episodes; 0: as many as this process may use"""
+    threads: int = torch.get_num_threads()
+    """CPU threads, and processes that run episodes"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """the scripts' flag"""
     cuda_graph: bool = False
@@ -510,11 +510,10 @@ def versions() -> dict:
 
 
 def set_up(args) -> None:
-    """torch's settings, and the number of threads, as in the scripts."""
+    """torch's settings as in the scripts."""
     argv = ["mop_distill.py", "--device", args.device, "--threads", str(args.threads)]
     with mock.patch.object(sys, "argv", argv):
-        script_args, _, _ = mop_distill.parse_args()
-    args.threads = script_args.threads
+        mop_distill.parse_args()
 
 
 def print_table(results: dict, transitions: int) -> None:

@@ -150,7 +150,7 @@ def test_two_tasks_through_every_script(folder, run_main, short_episodes):
     run("mop_distill", *short, "--states", "shared")
     run("mop_oqs", *short, "--run-dir", "runs/oqs")
 
-    measure = ["--episodes", 2, "--cross-episodes", 1, "--tau-states", 50]
+    measure = ["--episodes", 2, "--cross-episodes", 1, "--num-states", 500]
     naive = "checkpoints/walker-stand+walker-walk-medium-naive.pt"
     for path in (naive, "runs/kl/student.pt"):
         run("mop_measure", *measure, "--student", path)

@@ -233,7 +233,7 @@ def test_tau_of_the_visited_states(train):
     taus = taus_of("run")
     for i, task in enumerate(TASKS):
         code = torch.tensor([float(i)])
-        (episode,) = distill.run_episodes(student, task, [2**31], 1, code=code)
+        (episode,) = distill.run_episodes(student, task, [2**31], 1, code=code.tolist())
         obs = torch.from_numpy(episode["observations"])
         own_layers = distill.hidden_layers(student, distill.add_code(obs, code))
         other_layers = distill.hidden_layers(student, distill.add_code(obs, 1 - code))

@@ -44,7 +44,7 @@ PATH=/nowhere
 
 EVALUATION = "--eval-episodes 1 --final-eval-episodes 1 --eval-every 1000 --threads 1 --overwrite"
 EVALUATION += " --no-cuda-graph"  # tests/test_cuda_graph.py
-TRAINING = f"{EVALUATION} --gradient-steps 2 --batch-size 16 --hidden 8 --device auto"
+TRAINING = f"{EVALUATION} --gradient-steps 2 --batch-size 16 --hidden 8 --device cpu"
 TINY = {  # appended: the last one of two equal flags counts
     "mop_td3_collect": f"{EVALUATION} --total-timesteps 1000 --learning-starts 998 --batch-size 16"
     " --hidden 8 --num-transitions 1000 --medium-return 0.1",
@@ -55,8 +55,7 @@ TINY = {  # appended: the last one of two equal flags counts
     "distill_reweighted": f"{TRAINING} --weight-steps 2",
     "mop_ds": TRAINING,
     "mop_oqs": TRAINING,
-    "mop_measure": "--episodes 1 --cross-episodes 1 --tau-states 50 --cka-states 100"
-    " --shift-states 1000 --threads 1 --overwrite",
+    "mop_measure": "--episodes 1 --cross-episodes 1 --num-states 500 --threads 1 --overwrite",
     "run_student": "",
 }
 LAST_LINE = {"run_student": r"walker-\w+: return \d"}  # of what is printed; else: wrote

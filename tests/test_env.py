@@ -107,7 +107,7 @@ print(args.threads, torch.get_num_threads(), mop_distill.make_workers.cache_info
 
 
 @pytest.mark.skipif(shutil.which("taskset") is None, reason="needs taskset")
-def test_threads_0_are_those_that_this_process_may_use():
+def test_threads_are_those_that_this_process_may_use():
     """On one core of several: one thread, and episodes in the process itself, not in workers."""
     core = min(os.sched_getaffinity(0))
     command = ["taskset", "-c", str(core), sys.executable, "-c", ON_ONE_CORE]

@@ -27,6 +27,12 @@ def write_student(path, tasks=TASKS, kind="student", encoding="number", log_std=
     return path
 
 
+@pytest.fixture(autouse=True)
+def short_training(monkeypatch):
+    """Enough for the easy distributions and few states below."""
+    monkeypatch.setattr(measure, "SHIFT_STEPS", 1000)
+
+
 def report_of(folder):
     return json.loads((folder / "measure.json").read_text(), parse_constant=pytest.fail)
 
@@ -90,7 +96,7 @@ def known_student():
 def compare(student, *visited):
     codes = torch.tensor([[0.0], [1.0]])
     visited = dict(zip(TASKS, map(torch.tensor, visited), strict=True))
-    args = measure.Args(tau_states=10_000, cka_states=10_000)
+    args = measure.Args(num_states=10_000)
     return measure.shared_computation(student, codes, visited, args)
 
 
@@ -109,7 +115,7 @@ def test_known_activations_and_their_measures():
     # (1, 3, 4, 0) and (1, 3, 4, 2): one of 6 pairs is turned: tau-a 4/6
     # (1, 0, 6, 0) and (1, 0, 6, 2): one is turned, one is tied: tau-a 3/6
     report = compare(known_student(), [[1.0, 3.0, 4.0]] * 9000, [[1.0, -5.0, 6.0]] * 18_000)
-    assert report["tau_states"] == report["cka_states"] == 10_000
+    assert report["num_states"] == 10_000
     assert report["mean_activations"] == {
         "walker-stand": [[1.0, 3.0, 4.0, 0.0]] * 2,
         "walker-walk": [[1.0, 0.0, 6.0, 2.0]] * 2,
@@ -209,7 +215,6 @@ def test_shift_of_gaussians(case):
     assert found["train_states"] == [12_000, 12_000]
     assert found["test_states"] == [4000, 4000]
     assert found["test_episodes"] == [40, 40]
-    assert found["beyond_limit"] == []
     assert found["js_bits"]["value"] == pytest.approx(js, abs=0.03)
     assert found["js_bits"]["error"] < 0.02
     assert found["kl_ab"]["value"] == pytest.approx(kl_ab, rel=0.12, abs=0.02)
@@ -230,17 +235,15 @@ def test_divergences_of_the_exact_log_ratio():
     assert found["accuracy"] == pytest.approx(stats.norm.cdf(0.5), abs=0.003)
 
 
-def test_a_divergence_that_no_sample_can_confirm_is_named():
-    """Datasets that do not overlap: JS 1, and a KL above ln of the test states."""
+def test_datasets_that_do_not_overlap():
+    """JS 1, and a KL above ln of the test states, which no sample can confirm."""
     a, b = np.random.default_rng(0).standard_normal((2, 2000, 3)).astype(np.float32)
     timeouts = every(100, 2000)
     found = measure.state_shift([(a, timeouts), (b + 20, timeouts)], 2000, 0, CPU)
     assert found["js_bits"]["value"] > 0.99
     assert found["accuracy"] == 1.0
     assert found["kl_limit"] == pytest.approx(np.log(400))
-    assert found["beyond_limit"]
-    for name in ("kl_ab", "kl_ba"):
-        assert (name in found["beyond_limit"]) == (found[name]["value"] > np.log(400))
+    assert max(found["kl_ab"]["value"], found["kl_ba"]["value"]) > np.log(400)
 
 
 def test_standard_errors_count_episodes():
@@ -311,12 +314,12 @@ def test_a_student(run_main, tmp_path, encoding, log_std):
     """Everything again from its episodes, by plain matrix products and scipy."""
     path = write_student(tmp_path / "my.pt", encoding=encoding, log_std=log_std)
     options = ["--student", path, "--episodes", 1, "--run-dir", "run"]
-    text = run_main(measure, *options, "--cka-states", 300)
+    text = run_main(measure, *options)
     report = report_of(tmp_path / "run")
     assert report["student"]["checkpoint"] == "my.pt"
     assert report["student"]["step"] == 1
     assert report["states"] == {"walker-stand": 1000, "walker-walk": 1000}
-    assert (report["tau_states"], report["cka_states"]) == (2000, 300)
+    assert report["num_states"] == 2000
     for name in ("activations.png", "activations_sorted.png"):
         with Image.open(tmp_path / "run" / name) as image:
             assert len(image.getcolors(10**6)) > 10
@@ -352,7 +355,7 @@ def test_a_student(run_main, tmp_path, encoding, log_std):
         means = [report["mean_activations"][task][layer] for task in TASKS]
         assert row["average"]["tau_a"] == pytest.approx(plain_tau_a(*means))
         assert row["average"]["tau_b"] == pytest.approx(stats.kendalltau(*means).statistic)
-        assert row["cka"] == pytest.approx(cka(layers[layer], other_layers[layer]), abs=0.1)
+        assert row["cka"] == pytest.approx(cka(layers[layer], other_layers[layer]), abs=1e-3)
 
 
 def test_cross_task_table_and_shift(run_main, tmp_path):
@@ -392,7 +395,7 @@ def test_tau_of_a_sample(run_main, tmp_path):
     reports = []
     for size, seed in ((2000, 1), (500, 1), (500, 2)):
         name = str(len(reports))
-        options = ["--episodes", 1, "--tau-states", size, "--seed", seed]
+        options = ["--episodes", 1, "--num-states", size, "--seed", seed]
         run_main(measure, "--student", path, *options, "--run-dir", name)
         reports.append(report_of(tmp_path / name)["shared_computation"])
     full, sample, other = reports

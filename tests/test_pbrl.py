@@ -66,7 +66,8 @@ def test_cloning_weights_by_hand():
     """Episodes of 2, 3, 1 and 1 transitions with returns 2, 6, 4 and 1; the last one is open."""
     rewards = torch.tensor([0.5, 1.5, 0.5, 3.5, 2.0, 4.0, 1.0])
     ends = torch.tensor([0, 1, 0, 0, 1, 1, 0]).bool()
-    e = [math.exp((value - 6) / (0.5 * 6)) for value in (2, 6, 4, 1)]
+    # 90% quantile of the returns: 0.7 of the way from 4 to 6
+    e = [math.exp((value - 5.4) / (0.5 * 5.4)) for value in (2, 5.4, 4, 1)]
     expected = np.array([e[0], e[0], e[1], e[1], e[1], e[2], e[3]])
     weights = pbrl.cloning_weights(rewards, ends, 0.5)
     assert weights.dtype == torch.float32
@@ -74,11 +75,18 @@ def test_cloning_weights_by_hand():
     # the lower the temperature, the more goes to the best: all of it in the end
     weights = pbrl.cloning_weights(rewards, ends, 1e-4)
     np.testing.assert_allclose(weights, np.array([0, 0, 1, 1, 1, 0, 0]) * 7 / 3, rtol=1e-6)
-    # costs: returns -2, -6, -4 and -1, of which -1 is the best
+    # costs: returns -2, -6, -4 and -1, the quantile is -1.3
     weights = pbrl.cloning_weights(-rewards, ends, 0.5)
-    e = [math.exp((value + 1) / (0.5 * 6)) for value in (-2, -6, -4, -1)]
+    e = [math.exp((value + 1.3) / (0.5 * 1.3)) for value in (-2, -6, -4, -1.3)]
     expected = np.array([e[0], e[0], e[1], e[1], e[1], e[2], e[3]])
     np.testing.assert_allclose(weights, expected / expected.mean(), rtol=1e-6)
+
+
+def test_one_lucky_episode_counts_no_more_than_others():
+    rewards = torch.ones(50)
+    rewards[7] = 100.0
+    ends = torch.ones(50, dtype=torch.bool)
+    assert pbrl.cloning_weights(rewards, ends, 0.05).tolist() == [1.0] * 50
 
 
 def test_cloning_weights_of_alike_episodes_are_one():

@@ -43,7 +43,7 @@ def test_stored_returns_are_reproduced(path):
     checkpoint = td3.read_pt(path, "behavior", "teacher")
     task = checkpoint["tasks"][0]
     actor = td3.load_actor(checkpoint)
-    seeds = range(td3.EVAL_SEED, td3.EVAL_SEED + num_episodes)
+    seeds = td3.EVAL_SEEDS[:num_episodes]
     episodes = td3.run_episodes(actor, task, seeds, workers=1)
     returns = np.array([episode["rewards"].sum() for episode in episodes])
     stored = np.array(checkpoint["returns"][task])

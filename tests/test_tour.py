@@ -109,7 +109,7 @@ def test_the_tours_lines_earn_the_same(tmp_path, monkeypatch, capsys):
     assert len(blocks) == 1
     exec(blocks[0], {})
     found = float(re.fullmatch(r"walker-walk: return (.*)\n", capsys.readouterr().out).group(1))
-    seeds = [mop_measure.EVAL_SEED]
+    seeds = [2**31]
     episodes = mop_measure.run_episodes(actor, "walker-walk", seeds, 1, code=[1])
     assert found == pytest.approx(episodes[0]["rewards"].sum(), abs=0.0501)
 
