@@ -622,12 +622,14 @@ def run_episode(pickled: bytes, task: str, seed: int, code=()) -> dict:
 def load_observations(path, task: str, level: str, obs_dim: int) -> Tensor:
     """The states of a dataset .npz as in docs/formats.md, (N, obs), checked."""
     try:
+        damaged = zipfile.ZipFile(path).testzip()  # np.load would not notice a changed shape
         with np.load(path, allow_pickle=False) as file:
             obs = file["observations"]
             metadata = json.loads(str(file["metadata"]))
         found = (metadata["task"], metadata.get("level", level), metadata["schema_version"])
     except Exception as error:
         check(False, f"{path}: expected a dataset as in docs/formats.md; found {error!r:.300}")
+    check(damaged is None, f"{path}: damaged bytes in {damaged}")
     expected = (task, level, SCHEMA_VERSION)
     check(found == expected, f"{path}: expected (task, level, schema) {expected}, found {found}")
     fits = obs.shape == (len(obs), obs_dim) and obs.dtype.kind == "f"

@@ -40,9 +40,10 @@ def plain_episode(task, seed, code=()):
     size = env.action_spec().shape[0]
     time_step = env.reset()
     obs = time_step.observation["observations"].astype(np.float32)
-    episode = {"observations": [obs], "actions": [], "rewards": []}
-    episode["physics"] = [env.physics.get_state()]
+    names = ["observations", "actions", "rewards", "next_observations", "physics"]
+    episode = {name: [] for name in names}
     while not time_step.last():
+        episode["observations"].append(obs)
         x = torch.tensor([*obs, *code])[None]
         action = Policy()(x)[0].numpy()[:size]
         if task == "quadruped-walk":
@@ -50,7 +51,7 @@ def plain_episode(task, seed, code=()):
         else:
             time_step = env.step(action)
         obs = time_step.observation["observations"].astype(np.float32)
-        episode["observations"].append(obs)
+        episode["next_observations"].append(obs)
         episode["actions"].append(action)
         episode["rewards"].append(time_step.reward)
         episode["physics"].append(env.physics.get_state())
@@ -61,11 +62,6 @@ def plain_episode(task, seed, code=()):
 def assert_same(found, expected):
     for name in found:
         np.testing.assert_array_equal(found[name], expected[name], name)
-
-
-def states_acted_in(episode):
-    """What the scripts other than TD3's keep of an episode: not its last state."""
-    return {"observations": episode["observations"][:-1], "rewards": episode["rewards"]}
 
 
 @pytest.mark.parametrize("task", ["walker-walk", "cheetah-run", "quadruped-walk"])
@@ -80,7 +76,7 @@ def test_episodes_equal_a_plain_loop(task):
         distill.run_episodes(Policy(), task, seeds, 1), expected, strict=True
     ):
         assert episode.keys() == {"observations", "rewards"}
-        assert_same(episode, states_acted_in(plain))
+        assert_same(episode, plain)
 
 
 def test_the_number_of_workers_and_of_episodes_does_not_matter():
@@ -93,7 +89,7 @@ def test_the_number_of_workers_and_of_episodes_does_not_matter():
     for episode, seed in zip(episodes, seeds, strict=True):
         (alone,) = distill.run_episodes(Policy(), "walker-stand", [seed], 1, code=codes)
         assert_same(episode, alone)
-    assert_same(episodes[0], states_acted_in(plain_episode("walker-stand", 3, codes)))
+    assert_same(episodes[0], plain_episode("walker-stand", 3, codes))
     assert len(np.unique([episode["rewards"].sum() for episode in episodes])) == 3
 
 
@@ -145,7 +141,7 @@ def test_mixes():
     other = td3.run_episode(pickle.dumps(Zeros()), "walker-walk", 8, mix="noise")
     assert not np.array_equal(other["actions"], actions["noise"])
     noisy = td3.run_episode(pickle.dumps(Policy()), "walker-walk", 7, mix="noise")
-    plain = Policy()(torch.from_numpy(noisy["observations"][:-1]))[:, :6].numpy()
+    plain = Policy()(torch.from_numpy(noisy["observations"]))[:, :6].numpy()
     noise = np.random.default_rng(7).standard_normal((1000, 6))
     np.testing.assert_allclose(noisy["actions"], np.clip(plain + noise, -1, 1), atol=1e-6)
 

@@ -366,8 +366,8 @@ def test_cross_task_table_and_shift(run_main, tmp_path):
     ]
     arrays = [make_arrays(400), make_arrays(300, seed=1)]
     data = [write_dataset(tmp_path / f"{i}.npz", TASKS[i], arrays[i]) for i in range(2)]
-    options = ["--teachers", *teachers, "--cross-episodes", 1, "--shift", *data]
-    text = run_main(measure, *options, "--run-dir", "run", "--device", "cpu")
+    options = ["--teachers", *teachers, "--cross-episodes", 1, "--device", "cpu"]
+    text = run_main(measure, *options, "--run-dir", "run", "--shift", *data)
     report = report_of(tmp_path / "run")
     for row, path, task in zip(report["cross_task"], teachers, TASKS, strict=True):
         assert row["checkpoint"] == path.name
@@ -383,7 +383,7 @@ def test_cross_task_table_and_shift(run_main, tmp_path):
     assert report["shift"] == {"a": "0.npz", "b": "1.npz"} | shift
 
     environment = os.environ | {"MUJOCO_GL": "osmesa"}  # may be missing: nothing is rendered
-    options += ["--run-dir", "again", "--threads", 2, "--device", "cpu"]
+    options += ["--run-dir", "again", "--threads", 2]
     done = script("mop_measure", *options, cwd=tmp_path, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert report_of(tmp_path / "again")["cross_task"] == report["cross_task"]
