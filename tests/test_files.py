@@ -530,13 +530,6 @@ def test_python_O_as_a_user_sees_it(tmp_path):
     assert process.returncode == 1
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_whatever_the_shell_wants_to_render_with(tmp_path, name):
-    """dm_control knows no backend of this name, and stops where it is imported with it."""
-    process = script(name, "--help", cwd=tmp_path, env=os.environ | {"MUJOCO_GL": "EGL"})
-    assert "--run-dir" in process.stdout, process.stderr
-
-
 def test_importing_a_script_leaves_rendering_alone():
     code = f"import os, {', '.join(SCRIPTS)}; print(os.environ['MUJOCO_GL'])"
     env = os.environ | {"MUJOCO_GL": "off", "PYTHONPATH": str(ROOT)}
