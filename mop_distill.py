@@ -22,7 +22,7 @@ In: per task data/<task>-<level>.npz and checkpoints/<task>-<level>-teacher.pt, 
 files in pretrained/.
 
 Out: in the run's folder under runs/ student.pt, returns.csv, losses.csv, tau.csv (Kendall's tau
-between the hidden layers under two task ids) and TensorBoard logs.
+between the hidden layers under two task ids), resume.pt and TensorBoard logs.
 """
 
 import csv

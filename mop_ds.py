@@ -17,7 +17,7 @@ In: data/<source>-<level>.npz of every source, else the bundled files in pretrai
 
 Out: checkpoints/<task>-<level>-ds-teacher.pt, of a single source
 checkpoints/<task>-from-<source>-<level>-teacher.pt; in the run's folder under runs/ returns.csv,
-losses.csv and TensorBoard logs.
+losses.csv, resume.pt and TensorBoard logs.
 """
 
 import csv
@@ -357,10 +357,10 @@ def main():
     obs_dim, action_dim = task_sizes(args.task)
 
     # files
-    name = f"{args.task}-{args.level}-ds-teacher"
+    output_name = f"{args.task}-{args.level}-ds-teacher"
     if num_sources == 1:
-        name = f"{args.task}-from-{args.sources[0]}-{args.level}-teacher"
-    output = Path(args.output or f"checkpoints/{name}.pt").expanduser()
+        output_name = f"{args.task}-from-{args.sources[0]}-{args.level}-teacher"
+    output = Path(args.output or f"checkpoints/{output_name}.pt").expanduser()
     check_output(output, args)
     paths = args.data or [find_file(f"data/{task}-{args.level}.npz") for task in args.sources]
     check(len(paths) == num_sources, "--data: expected one file per source")
@@ -393,7 +393,7 @@ def main():
     critics = Critics(args.num_critics, obs_dim, action_dim, args.hidden).to(args.device)
     target_actor = deepcopy(actor)
     target_critics = deepcopy(critics)
-    # a tensor, since a CUDA graph reads tensors only
+    # a tensor, as beta_ood below, since a CUDA graph reads tensors only
     learning_rate = torch.tensor(args.learning_rate, device=args.device)
     adam = partial(Adam, lr=learning_rate, fused=True, capturable=True)
     actor_optimizer = adam(actor.parameters())
@@ -462,9 +462,9 @@ def main():
         if share_left < args.anneal:
             learning_rate.fill_(args.learning_rate * share_left / args.anneal)
         beta_ood = max(args.beta_ood * args.beta_ood_decay**step, args.beta_ood_min)
-        beta_ood = torch.full((), beta_ood, device=args.device)  # a CUDA graph reads tensors only
+        beta_ood_tensor = torch.full((), beta_ood, device=args.device)
         index = torch.randint(num_transitions, (args.batch_size,), device=args.device)
-        metrics = update_critics(index, beta_ood)
+        metrics = update_critics(index, beta_ood_tensor)
         if step % args.policy_frequency == 0:
             metrics["loss/actor"] = update_actor(index)
         update_targets()

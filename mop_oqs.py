@@ -15,7 +15,8 @@ In: of every task data/<task>-<level>.npz and checkpoints/<task>-<level>-teacher
 pair i != j checkpoints/<task i>-from-<task j>-<level>-teacher.pt; else the bundled files in
 pretrained/.
 
-Out: in the run's folder under runs/ student.pt, returns.csv, losses.csv and TensorBoard logs.
+Out: in the run's folder under runs/ student.pt, returns.csv, losses.csv, resume.pt and
+TensorBoard logs.
 """
 
 import csv

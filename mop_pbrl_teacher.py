@@ -18,7 +18,7 @@ Source: Bai et al. 2022 (arXiv 2202.11566); van Lith 2024, section 5.1.1.
 In: data/<task>-<level>.npz of mop_td3_collect.py, else the bundled file in pretrained/.
 
 Out: checkpoints/<task>-<level>-teacher.pt with actor and critics, and in the run's folder under
-runs/ returns.csv, losses.csv and TensorBoard logs.
+runs/ returns.csv, losses.csv, resume.pt and TensorBoard logs.
 """
 
 import csv
@@ -359,7 +359,7 @@ def main():
     run_dir = make_run_dir(args, output.stem)
 
     # networks
-    seed_text = f"{args.seed} teacher {args.task} from {args.task}"
+    seed_text = f"{args.seed} teacher {args.task} from {args.task}"  # in mop_ds.py from others
     if args.common_seed:
         seed_text = f"{args.seed}"
     torch.manual_seed(zlib.crc32(seed_text.encode()))
@@ -369,7 +369,7 @@ def main():
     critics = Critics(args.num_critics, obs_dim, action_dim, args.hidden).to(args.device)
     target_actor = deepcopy(actor)
     target_critics = deepcopy(critics)
-    # a tensor, since a CUDA graph reads tensors only
+    # a tensor, as beta_ood below, since a CUDA graph reads tensors only
     learning_rate = torch.tensor(args.learning_rate, device=args.device)
     adam = partial(Adam, lr=learning_rate, fused=True, capturable=True)
     actor_optimizer = adam(actor.parameters())
@@ -440,9 +440,9 @@ def main():
         if share_left < args.anneal:
             learning_rate.fill_(args.learning_rate * share_left / args.anneal)
         beta_ood = max(args.beta_ood * args.beta_ood_decay**step, args.beta_ood_min)
-        beta_ood = torch.full((), beta_ood, device=args.device)  # a CUDA graph reads tensors only
+        beta_ood_tensor = torch.full((), beta_ood, device=args.device)
         index = torch.randint(num_transitions, (args.batch_size,), device=args.device)
-        metrics = update_critics(index, beta_ood)
+        metrics = update_critics(index, beta_ood_tensor)
         if step % args.policy_frequency == 0:
             metrics["loss/actor"] = update_actor(index)
         update_targets()

@@ -18,7 +18,7 @@ Source: Fujimoto et al. 2018 (arXiv 1802.09477); van Lith 2024, sections 4.4.3 a
 In: nothing, or a checkpoint.
 
 Out: checkpoints/<task>-<level>-behavior.pt, data/<task>-<level>.npz, and in the run's folder under
-runs/ returns.csv, losses.csv and TensorBoard logs.
+runs/ returns.csv, losses.csv, resume.pt and TensorBoard logs.
 """
 
 import csv

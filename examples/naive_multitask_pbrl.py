@@ -378,7 +378,7 @@ def main():
     codes = torch.arange(num_tasks, device=args.device).float()[:, None]  # (task, code)
     actor = Actor(obs_dim + 1, out_dim, args.hidden).to(args.device)
     target_actor = deepcopy(actor)
-    # a tensor, since a CUDA graph reads tensors only
+    # a tensor, as beta_ood below, since a CUDA graph reads tensors only
     learning_rate = torch.tensor(args.learning_rate, device=args.device)
     adam = partial(Adam, lr=learning_rate, fused=True, capturable=True)
     actor_optimizer = adam(actor.parameters())
