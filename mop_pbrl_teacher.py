@@ -11,7 +11,8 @@ U(s, a) = std_k Q_k(s, a). With Q-, U-, pi- of the target networks, critic k min
 
 where a' = pi-(s') + noise, b = pi(x) + noise for x = s and x = s', no gradient flows through the
 subtracted targets, and beta_ood decays. Every second step the actor maximises
-min_k Q_k(s, pi(s)); the target networks follow at every step.
+min_k Q_k(s, pi(s)); the target networks follow at every step. With --scale laptop the actor moves
+at every step, and imitates the best episodes, too (see pbrl_actor_loss).
 
 Source: Bai et al. 2022 (arXiv 2202.11566); van Lith 2024, section 5.1.1.
 
