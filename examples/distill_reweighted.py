@@ -310,8 +310,10 @@ def ranking_regularizer(ranking_loss, student: Actor, x, other_x) -> Tensor:
     """
     layers = hidden_layers(student, x)
     other_layers = hidden_layers(student, other_x)
-    losses = [ranking_loss(own, other) for own, other in zip(layers, other_layers, strict=True)]
-    return torch.stack(losses).sum(dim=0)
+    loss = 0
+    for own, other in zip(layers, other_layers, strict=True):
+        loss = loss + ranking_loss(own, other)
+    return loss
 
 
 def pair_signs(x: Tensor) -> Tensor:
