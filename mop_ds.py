@@ -69,7 +69,7 @@ DATASET = {  # arrays of a dataset and their types
     "timeouts": "bool",
     "physics": "float64",
 }
-EVAL_SEEDS = range(2**31, 2**32)  # of the evaluation's episodes; all other seeds are lower
+EVAL_SEEDS = range(2**31, 2**32)  # of the evaluation's episodes; all others' seeds are lower
 LAPTOP = {  # defaults with --scale laptop
     "gradient_steps": 15_000,
     "batch_size": 256,
@@ -96,7 +96,7 @@ class Args:
     common_seed: bool = False
     """the same weights, batches and noise for every task; else each task has its own"""
     scale: Literal["thesis", "laptop"] = "thesis"
-    """the defaults of the other flags: the thesis's, or those for one CPU core (LAPTOP)"""
+    """the defaults of the other flags: the thesis's, as below, or for one CPU core (LAPTOP)"""
     run_dir: str | None = None
     """folder of logs, curves and the resume point; default: runs/<script, settings, time>"""
     resume: str | None = None
@@ -171,7 +171,7 @@ class Args:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """precision of float32 matrix products (torch.set_float32_matmul_precision)"""
     cuda_graph: bool = False
-    """on CUDA: replay the update as one CUDA graph"""
+    """on CUDA: replay the updates as CUDA graphs"""
 
 
 # ------------------------------------------------------------------------------------- networks
@@ -352,6 +352,7 @@ def move_target(target: nn.Module, network: nn.Module, rate: float) -> None:
 def main():
     args, resume_point = parse_args()
     check(args.num_critics > 1, "--num-critics: expected 2 or more, U is their std")
+    check(args.bc_temperature > 0, "--bc-temperature: expected more than 0")
     num_sources = len(args.sources)
     check(len(set(args.sources)) == num_sources > 0, "--sources: expected distinct tasks")
     obs_dim, action_dim = task_sizes(args.task)
@@ -382,6 +383,7 @@ def main():
     rewards = transitions["rewards"]
     transitions["cloning_weights"] = cloning_weights(rewards, ends, args.bc_temperature)
     num_transitions = len(rewards)
+    del parts, data  # as large as the transitions
     run_dir = make_run_dir(args, output.stem)
 
     # networks
@@ -414,16 +416,18 @@ def main():
         "losses": [["step", "metric", "value"]],
     }
     if resume_point:
+        check(resume_point["args"]["task"] == args.task, "--resume: expected the same task")
         start = resume_point["step"]
-        check(start < args.gradient_steps, "--resume: this run has made all its --gradient-steps")
         rows = resume_point["rows"]
         for name, part in trained.items():
             part.load_state_dict(resume_point[name])
         for optimizer in (actor_optimizer, critic_optimizer):
             optimizer.param_groups[0]["lr"] = learning_rate
-        torch.set_rng_state(resume_point["random_states"][0])
-        torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
+        random_states = resume_point["random_states"]  # of the CPU, then of every GPU
+        torch.set_rng_state(random_states[0])
+        torch.cuda.set_rng_state_all(random_states[1 : 1 + torch.cuda.device_count()])
 
+    check(start < args.gradient_steps, f"--gradient-steps: expected more than the {start} made")
     writer = SummaryWriter(run_dir, purge_step=start + 1)
 
     def update_critics(index, beta_ood):
@@ -548,8 +552,10 @@ def parse_args():
     args = tyro.cli(Args, description=__doc__, default=default)
     check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: found no CUDA device")
     check(args.device == "cuda" or not args.cuda_graph, "--cuda-graph: expected --device cuda")
-    same = args.device == default.device or not args.resume
-    check(same, f"--resume: expected --device {default.device}, as before")
+    for name in ("device", "seed", "scale", "run_dir"):
+        old = getattr(default, name)
+        same = getattr(args, name) == old or not args.resume
+        check(same, f"--resume: expected --{name} {old}, as before")
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
     return args, resume_point
@@ -759,8 +765,7 @@ def check_finite(name, content) -> None:
 
 def check_output(path: Path, args) -> None:
     """Stop before training where a file would be replaced."""
-    free = args.overwrite or args.resume or not path.exists()
-    check(free, f"{path}: exists; pass --overwrite to replace it")
+    check(args.overwrite or not path.exists(), f"{path}: exists; pass --overwrite to replace it")
 
 
 def check(condition, message: str) -> None:

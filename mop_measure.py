@@ -8,7 +8,7 @@ after its ReLU. For every layer and every pair of task ids i, i':
 
   per-state tau:  tau( l_j(s, i), l_j(s, i') ), mean and std over a sample of states of all tasks
   average tau:    tau( mean of l_j(s, i) over D_i, mean of l_j(s, i') over D_i' )
-  CKA:            linear, debiased, of l_j(., i) and l_j(., i') on such a sample
+  CKA:            linear, debiased, of l_j(., i) and l_j(., i') on the same sample
 
 With C concordant and D discordant pairs of n neurons tau-a is 2 (C - D) / (n (n - 1)); tau-b leaves
 tied pairs out of the denominator.
@@ -67,7 +67,7 @@ VERSIONS = {
     "numpy": np.__version__,
     "mujoco": mujoco.__version__,
 }
-EVAL_SEEDS = range(2**31, 2**32)  # of the evaluation's episodes; all other seeds are lower
+EVAL_SEEDS = range(2**31, 2**32)  # of the evaluation's episodes; all others' seeds are lower
 SHIFT_STEPS = 4_000  # of the classifier of the shift
 SPLIT = {  # shares of the episodes to train, stop and test the classifier of the shift on
     "train": (0.0, 0.6),
@@ -284,11 +284,11 @@ def split_episodes(ends: np.ndarray, max_states: int, rng) -> tuple[np.ndarray, 
     ends: whether a row is the last one of its episode, (N,).
 
     Whole episodes at random: neighbouring rows are nearly equal, so after a split by rows the
-    classifier would know test rows by their neighbours. Of fewer than five episodes ten blocks of
+    classifier would know test rows by their neighbours. Of fewer than ten episodes ten blocks of
     rows take the place. The rows are a sample of at most max_states.
     """
     episode = np.cumsum(ends) - ends
-    if episode[-1] < 4:
+    if episode[-1] < 9:
         episode = np.arange(len(ends)) * 10 // len(ends)
     num_episodes = episode[-1] + 1
     place = rng.permutation(num_episodes)[episode] / num_episodes  # of each row's episode, [0, 1)
@@ -624,18 +624,20 @@ def text_of(statistics: dict) -> str:
 def load_states(path) -> tuple[np.ndarray, np.ndarray]:
     """Observations (N, obs) and ends of episodes (N,) of a dataset (docs/formats.md), checked."""
     try:
+        damaged = zipfile.ZipFile(path).testzip()  # np.load would not notice a changed shape
         with np.load(path, allow_pickle=False) as file:
-            obs = file["observations"].astype(np.float32)
+            obs = file["observations"]
             ends = file["terminals"].astype(bool) | file["timeouts"].astype(bool)
             version = json.loads(str(file["metadata"]))["schema_version"]
     except Exception as error:
         check(False, f"{path}: expected a dataset as in docs/formats.md; found {error!r:.300}")
+    check(damaged is None, f"{path}: damaged bytes in {damaged}")
     check(version == SCHEMA_VERSION, f"{path}: expected schema {SCHEMA_VERSION}, found {version}")
-    fits = obs.ndim == 2 and ends.shape == (len(obs),) and len(obs) >= 100
-    shapes = f"observations {obs.shape}, timeouts {ends.shape}"
-    check(fits, f"{path}: expected 100 rows or more of (N, obs) and (N,), found {shapes}")
+    fits = obs.dtype.kind == "f" and obs.ndim == 2 and ends.shape == (len(obs),) and len(obs) >= 100
+    found = f"observations {obs.dtype} {obs.shape}, timeouts {ends.shape}"
+    check(fits, f"{path}: expected 100 or more rows of floats (N, obs) and (N,), found {found}")
     check(np.isfinite(obs).all(), f"{path}: observations: found NaN or infinite values")
-    return obs, ends
+    return obs.astype(np.float32), ends
 
 
 def read_pt(path, *kinds: str) -> dict:
@@ -692,6 +694,8 @@ def plot_activations(path: Path, report: dict, ascending: bool) -> None:
         for row in report["shared_computation"]:
             if row["layer"] == layer + 1:
                 title += f", average tau-a {row['average']['tau_a']:.3f}"
+                if len(tasks) > 2:
+                    title += f" (ids {row['ids'][0]}, {row['ids'][1]})"
         axes.set_title(title, fontsize=11)
         axes.set_ylabel("mean activation")
         axes.grid(alpha=0.3)

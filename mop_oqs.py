@@ -59,7 +59,7 @@ VERSIONS = {
     "numpy": np.__version__,
     "mujoco": mujoco.__version__,
 }
-EVAL_SEEDS = range(2**31, 2**32)  # of the evaluation's episodes; all other seeds are lower
+EVAL_SEEDS = range(2**31, 2**32)  # of the evaluation's episodes; all others' seeds are lower
 LAPTOP = {"gradient_steps": 20_000, "learning_rate": 1e-3}  # defaults with --scale laptop
 
 
@@ -71,7 +71,7 @@ class Args:
     seed: int = 1
     """seed of the weights, the batches and the noise"""
     scale: Literal["thesis", "laptop"] = "thesis"
-    """the defaults of the other flags: the thesis's, or those for one CPU core (LAPTOP)"""
+    """the defaults of the other flags: the thesis's, as below, or for one CPU core (LAPTOP)"""
     run_dir: str | None = None
     """folder of logs, curves and the resume point; default: runs/<script, settings, time>"""
     resume: str | None = None
@@ -113,7 +113,7 @@ class Args:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """precision of float32 matrix products (torch.set_float32_matmul_precision)"""
     cuda_graph: bool = False
-    """on CUDA: replay the update as one CUDA graph"""
+    """on CUDA: replay the updates as CUDA graphs"""
 
 
 # ------------------------------------------------------------------------------------- networks
@@ -227,7 +227,7 @@ def main():
             teachers.append((load_actor(teacher).to(args.device), critics))
             mean = np.mean(teacher["returns"][task])
             texts.append(f"from {source} {mean:.1f}")
-            print(f"{task} from {source}: {path}, return {mean:.1f}")
+            print(f"{task} from {source}: {path}, return {mean:.1f}, {teacher['step']} updates")
         teacher_texts.append(", ".join(texts))
         actions, winners = q_switch(teachers, states)
         labels.append(actions)
@@ -259,14 +259,15 @@ def main():
     }
     if resume_point:
         start = resume_point["step"]
-        check(start < args.gradient_steps, "--resume: this run has made all its --gradient-steps")
         rows = resume_point["rows"]
         student.load_state_dict(resume_point["student"])
         optimizer.load_state_dict(resume_point["optimizer"])
         optimizer.param_groups[0]["lr"] = args.learning_rate
-        torch.set_rng_state(resume_point["random_states"][0])
-        torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
+        random_states = resume_point["random_states"]  # of the CPU, then of every GPU
+        torch.set_rng_state(random_states[0])
+        torch.cuda.set_rng_state_all(random_states[1 : 1 + torch.cuda.device_count()])
 
+    check(start < args.gradient_steps, f"--gradient-steps: expected more than the {start} made")
     writer = SummaryWriter(run_dir, purge_step=start + 1)
 
     def update() -> dict:
@@ -377,8 +378,10 @@ def parse_args():
     args = tyro.cli(Args, description=__doc__, default=default)
     check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: found no CUDA device")
     check(args.device == "cuda" or not args.cuda_graph, "--cuda-graph: expected --device cuda")
-    same = args.device == default.device or not args.resume
-    check(same, f"--resume: expected --device {default.device}, as before")
+    for name in ("device", "seed", "scale", "run_dir"):
+        old = getattr(default, name)
+        same = getattr(args, name) == old or not args.resume
+        check(same, f"--resume: expected --{name} {old}, as before")
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
     return args, resume_point

@@ -69,7 +69,7 @@ DATASET = {  # arrays of a dataset and their types
     "timeouts": "bool",
     "physics": "float64",
 }
-EVAL_SEEDS = range(2**31, 2**32)  # of the evaluation's episodes; all other seeds are lower
+EVAL_SEEDS = range(2**31, 2**32)  # of the evaluation's episodes; all others' seeds are lower
 PLAIN_ONE_IN = {"online": 1, "noise": 10, "random90": 10, "random99": 100}  # --mix: see Args
 LAPTOP = {  # defaults with --scale laptop
     "hidden": 256,
@@ -88,7 +88,7 @@ class Args:
     seed: int = 1
     """seed of the weights, the batches, the noise and the initial states"""
     scale: Literal["thesis", "laptop"] = "thesis"
-    """the defaults of the other flags: the thesis's, or those for one CPU core (LAPTOP)"""
+    """the defaults of the other flags: the thesis's, as below, or for one CPU core (LAPTOP)"""
     run_dir: str | None = None
     """folder of logs, curves and the resume point; default: runs/<script, settings, time>"""
     resume: str | None = None
@@ -117,7 +117,7 @@ class Args:
     )
     """without --policy: datasets to write after training"""
     num_transitions: int = 1_000_000
-    """transitions of a dataset (medium-replay has as many as training saw)"""
+    """transitions of a dataset (medium-replay: all that training saw up to the medium step)"""
     medium_step: int = 1_000_000
     """step at which the policy is the medium one, a multiple of --eval-every"""
     medium_return: float | None = None
@@ -125,7 +125,7 @@ class Args:
 
     # algorithm
     total_timesteps: int = 2_000_000
-    """environment steps, each with one update of the critics"""
+    """environment steps, each with one update of the critics after --learning-starts"""
     learning_rate: float = 1e-4
     """learning rate of Adam, for actor and critics"""
     batch_size: int = 1024
@@ -155,7 +155,7 @@ class Args:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """precision of float32 matrix products (torch.set_float32_matmul_precision)"""
     cuda_graph: bool = False
-    """on CUDA: replay the update as one CUDA graph"""
+    """on CUDA: replay the updates as CUDA graphs"""
 
 
 # ------------------------------------------------------------------------------------- networks
@@ -286,19 +286,24 @@ def train(args, resume_point) -> None:
     }
     policies = {}  # level -> step and weights of that behaviour
     if resume_point:
-        check(resume_point["args"]["task"] == args.task, "--resume: expected the same task")
+        stored = resume_point["args"]
+        check(stored["task"] == args.task, "--resume: expected the same task")
         start = resume_point["step"]
         check(start <= args.total_timesteps, f"--total-timesteps: {start} are already made")
         rows = resume_point["rows"]
         policies = resume_point["policies"]
+        medium = (stored["medium_step"], stored["medium_return"])
+        same = medium == (args.medium_step, args.medium_return)
+        check(same or "medium" not in policies, "--resume: this run has its medium policy already")
         replay[:start] = resume_point["replay"].to(args.device)
         physics[:start] = resume_point["physics"]
         for name, part in trained.items():
             part.load_state_dict(resume_point[name])
         for optimizer in (actor_optimizer, critic_optimizer):
             optimizer.param_groups[0]["lr"] = args.learning_rate
-        torch.set_rng_state(resume_point["random_states"][0])
-        torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
+        random_states = resume_point["random_states"]  # of the CPU, then of every GPU
+        torch.set_rng_state(random_states[0])
+        torch.cuda.set_rng_state_all(random_states[1 : 1 + torch.cuda.device_count()])
 
     writer = SummaryWriter(run_dir, purge_step=start + 1)
 
@@ -377,15 +382,12 @@ def train(args, resume_point) -> None:
             report = f"return {np.mean(returns):.1f} +- {np.std(returns):.1f}"
             progress.write(f"step {step}: {report}")
             progress.set_postfix_str(report)
-            policy = {"step": step, "actor": deepcopy(actor.state_dict())}
             if args.medium_return is None:
                 is_medium = step == args.medium_step
             else:
                 is_medium = np.mean(returns) >= args.medium_return
             if is_medium and "medium" not in policies:
-                policies["medium"] = policy
-            if step == args.total_timesteps:
-                policies["expert"] = policy
+                policies["medium"] = {"step": step, "actor": deepcopy(actor.state_dict())}
             for name in rows:
                 write_csv(run_dir / f"{name}.csv", rows[name])
             resume_point = {
@@ -402,6 +404,8 @@ def train(args, resume_point) -> None:
                 resume_point[name] = part.state_dict()
             save(run_dir / "resume.pt", resume_point)
     writer.close()
+    print(f"wrote returns.csv and losses.csv in {run_dir}")
+    policies["expert"] = {"step": args.total_timesteps, "actor": deepcopy(actor.state_dict())}
 
     # checkpoints and their datasets
     for level, policy in policies.items():
@@ -446,7 +450,7 @@ def train(args, resume_point) -> None:
         }
         source = {"level": "medium-replay", "mix": "training", "policy": None}
         save_dataset(outputs["medium-replay"], data, args.task, source, args)
-    check("medium" in policies, f"--medium-return {args.medium_return}: was never reached")
+    check("medium" in policies, "no medium policy: its --medium-step or -return was not reached")
 
 
 # ----------------------------------------------------------------------------------- collecting
@@ -457,11 +461,11 @@ def collect(policy_path, mix: str, path: Path, args) -> None:
     task = checkpoint["tasks"][0]
     level = checkpoint["level"]
     length = int(make_env(task)._step_limit)
-    share = PLAIN_ONE_IN[mix]
-    fits = share == 1 or args.num_transitions % (share * length) == 0
-    check(fits, f"--num-transitions: --mix {mix} takes a multiple of {share * length}")
+    one_in = PLAIN_ONE_IN[mix]
+    fits = one_in == 1 or args.num_transitions % (one_in * length) == 0
+    check(fits, f"--num-transitions: --mix {mix} takes a multiple of {one_in * length}")
     num_episodes = math.ceil(args.num_transitions / length)
-    num_plain = num_episodes // share
+    num_plain = num_episodes // one_in
 
     # every task, level and mix has initial states of its own
     rng = np.random.default_rng([args.seed, zlib.crc32(f"{task} {level} {mix}".encode())])
@@ -517,6 +521,7 @@ def main():
         check(plain, "--mix, --output: expected --policy, whose episodes they are for")
         train(args, resume_point)
     else:
+        check(args.resume is None, "--resume: expected no --policy, which is not trained")
         # a behaviour's plain dataset has the name that training gives it
         name = Path(args.policy).stem.removesuffix("-behavior")
         if args.mix != "online" or not args.policy.endswith("-behavior.pt"):
@@ -544,8 +549,10 @@ def parse_args():
     args = tyro.cli(Args, description=__doc__, default=default)
     check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: found no CUDA device")
     check(args.device == "cuda" or not args.cuda_graph, "--cuda-graph: expected --device cuda")
-    same = args.device == default.device or not args.resume
-    check(same, f"--resume: expected --device {default.device}, as before")
+    for name in ("device", "seed", "scale", "run_dir"):
+        old = getattr(default, name)
+        same = getattr(args, name) == old or not args.resume
+        check(same, f"--resume: expected --{name} {old}, as before")
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
     return args, resume_point
@@ -721,8 +728,7 @@ def check_finite(name, content) -> None:
 
 def check_output(path: Path, args) -> None:
     """Stop before training where a file would be replaced."""
-    free = args.overwrite or args.resume or not path.exists()
-    check(free, f"{path}: exists; pass --overwrite to replace it")
+    check(args.overwrite or not path.exists(), f"{path}: exists; pass --overwrite to replace it")
 
 
 def check(condition, message: str) -> None:

@@ -11,6 +11,7 @@ nothing is written then. What works without physics states, and what does not: d
 import json
 import os
 import sys
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Literal
@@ -66,6 +67,8 @@ def from_exorl(
         add_episode(episodes, path, episode, task)
     arrays = concatenate(episodes)
     if rewards == "computed":
+        text = "its reward reads sensors that a physics state does not decide"
+        check(not task.startswith("dog-"), f"--task {task}: {text}; use --rewards stored")
         arrays["rewards"] = mop_ds.compute_rewards(task, arrays["physics"], arrays["actions"])
     save(output, task, f"exorl, {rewards} rewards", arrays)
 
@@ -186,6 +189,7 @@ def to_minari(data: Path, name: str) -> None:
     same = np.all(file["next_observations"][:-1] == file["observations"][1:], axis=1)
     keeps = np.all(same | ends[:-1])
     check(keeps, f"{data}: next observations that are not the next rows', so they would be lost")
+    with_physics = file["physics"].shape[1] > 1  # else a column of zeros, see save
     episodes = []
     for rows in np.split(np.arange(len(ends)), np.flatnonzero(ends[:-1]) + 1):
         last_observation = file["next_observations"][rows[-1:]]
@@ -197,7 +201,7 @@ def to_minari(data: Path, name: str) -> None:
             rewards=file["rewards"][rows],
             terminations=file["terminals"][rows],
             truncations=file["timeouts"][rows],
-            infos={"physics": np.concatenate([unknown, physics])},
+            infos={"physics": np.concatenate([unknown, physics])} if with_physics else None,
         )
         episodes.append(episode)
     minari.create_dataset_from_buffers(
@@ -214,10 +218,13 @@ def to_minari(data: Path, name: str) -> None:
 def read_npz(path) -> dict:
     """Every array of an .npz, read whole, so that the file is closed and its bytes are checked."""
     try:
+        damaged = zipfile.ZipFile(path).testzip()  # np.load would not notice a changed shape
         with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
+            arrays = {key: file[key] for key in file.files}
     except Exception as error:
         check(False, f"{path}: cannot be read: {error!r:.300}")
+    check(damaged is None, f"{path}: damaged bytes in {damaged}")
+    return arrays
 
 
 def read_hdf5(path) -> dict:

@@ -76,7 +76,7 @@ DATASET = {  # arrays of a dataset and their types
     "terminals": "bool",
     "timeouts": "bool",
 }
-EVAL_SEEDS = range(2**31, 2**32)  # of the evaluation's episodes; all other seeds are lower
+EVAL_SEEDS = range(2**31, 2**32)  # of the evaluation's episodes; all others' seeds are lower
 TAU_STATES = 1000  # states per task and evaluation in which tau is taken
 MIN_VALUE = 0.1  # of the behaviour in q-ratio, so that no state takes all the weight
 MAX_RATIO = 100.0  # of density, where 1% of the data is the teacher's; more is overconfidence
@@ -91,7 +91,7 @@ class Args:
     seed: int = 1
     """seed of the weights, the batches and the noise"""
     scale: Literal["thesis", "laptop"] = "thesis"
-    """the defaults of the other flags: the thesis's, or those for one CPU core (LAPTOP)"""
+    """the defaults of the other flags: the thesis's, as below, or for one CPU core (LAPTOP)"""
     run_dir: str | None = None
     """folder of logs, curves and the resume point; default: runs/<script, settings, time>"""
     resume: str | None = None
@@ -150,7 +150,7 @@ class Args:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """precision of float32 matrix products (torch.set_float32_matmul_precision)"""
     cuda_graph: bool = False
-    """on CUDA: replay the update as one CUDA graph"""
+    """on CUDA: replay the updates as CUDA graphs"""
 
 
 # ------------------------------------------------------------------------------------- networks
@@ -541,14 +541,15 @@ def main():
     }
     if resume_point:
         start = resume_point["step"]
-        check(start < args.gradient_steps, "--resume: this run has made all its --gradient-steps")
         rows = resume_point["rows"]
         student.load_state_dict(resume_point["student"])
         optimizer.load_state_dict(resume_point["optimizer"])
         optimizer.param_groups[0]["lr"] = args.learning_rate
-        torch.set_rng_state(resume_point["random_states"][0])
-        torch.cuda.set_rng_state_all(resume_point["random_states"][1:])
+        random_states = resume_point["random_states"]  # of the CPU, then of every GPU
+        torch.set_rng_state(random_states[0])
+        torch.cuda.set_rng_state_all(random_states[1 : 1 + torch.cuda.device_count()])
 
+    check(start < args.gradient_steps, f"--gradient-steps: expected more than the {start} made")
     writer = SummaryWriter(run_dir, purge_step=start + 1)
 
     def update() -> dict:
@@ -689,8 +690,10 @@ def parse_args():
     args = tyro.cli(Args, description=__doc__, default=default)
     check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: found no CUDA device")
     check(args.device == "cuda" or not args.cuda_graph, "--cuda-graph: expected --device cuda")
-    same = args.device == default.device or not args.resume
-    check(same, f"--resume: expected --device {default.device}, as before")
+    for name in ("device", "seed", "scale", "run_dir"):
+        old = getattr(default, name)
+        same = getattr(args, name) == old or not args.resume
+        check(same, f"--resume: expected --{name} {old}, as before")
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
     return args, resume_point

@@ -59,6 +59,8 @@ def main(args: Args) -> float:
     # the task's id, as a student reads it: a number, or a flag per task
     code = []
     if "task_encoding" in sizes:
+        if args.task not in checkpoint["tasks"]:
+            raise SystemExit(f"--task {args.task}: the student has {checkpoint['tasks']}")
         task_id = checkpoint["tasks"].index(args.task)
         code = [task_id]
     if sizes.get("task_encoding") == "onehot":

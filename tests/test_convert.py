@@ -18,7 +18,7 @@ from dm_control import suite
 import mop_distill
 import mop_ds
 import mop_pbrl_teacher
-from conftest import ROOT, make_arrays
+from conftest import ROOT, make_arrays, write_dataset
 
 PAGE = (ROOT / "docs/datasets.md").read_text()
 TINY = ["--hidden", 8, "--batch-size", 16, "--eval-episodes", 1, "--final-eval-episodes", 1]
@@ -595,6 +595,19 @@ def test_minari_ends(run, tmp_path):
     for key in ("actions", "rewards"):
         np.testing.assert_array_equal(found[key], np.concatenate([e[key] for e in episodes]))
     np.testing.assert_array_equal(found["physics"], np.zeros((18, 1)))
+
+
+def test_minari_there_and_back_without_physics(run, tmp_path):
+    pytest.importorskip("minari")
+    arrays = make_arrays(40)
+    arrays["next_observations"] = np.roll(arrays["observations"], -1, axis=0)
+    arrays["physics"] = np.zeros((40, 1))
+    write_dataset(tmp_path / "d.npz", "walker-walk", arrays)
+    run("to-minari", "--data", "d.npz", "--name", "mop/there-v0")
+    run("minari", "--data", "mop/there-v0", "--task", "walker-walk", "--output", "back.npz")
+    found = load("back.npz")
+    for key in ("observations", "actions", "rewards", "physics"):
+        np.testing.assert_array_equal(found[key], arrays[key])
 
 
 def test_minari_dict_observations(run, tmp_path):

@@ -386,7 +386,7 @@ def test_a_file_that_cannot_be_written_keeps_the_old_one(tmp_path):
 def test_a_run_that_diverges_stops_by_name(run_main, inputs, no_episodes):
     run_main(pbrl, *TEACHER_RUN)
     before = Path("run/resume.pt").read_bytes()
-    flags = ["--resume", "run", "--learning-rate", 1e9, "--gradient-steps", 40]
+    flags = ["--resume", "run", "--overwrite", "--learning-rate", 1e9, "--gradient-steps", 40]
     assert_stopped(run_main(pbrl, *flags), "step 40: loss/in_distribution is nan")
     assert Path("run/resume.pt").read_bytes() == before
     with pytest.raises(SystemExit, match=r"x\.pt: actor: weight: NaN or infinite values"):
@@ -409,9 +409,13 @@ def test_weights_that_are_not_finite_are_not_saved(run_main, monkeypatch, inputs
 # ---------------------------------------------------------------------------- killed and resumed
 def test_resume_points_of_another_run(run_main, inputs, no_episodes):
     run_main(pbrl, *TEACHER_RUN)
-    message = "--resume: this run has made all its --gradient-steps"
-    assert_stopped(run_main(pbrl, "--resume", "run"), message)
-    resume = ["--resume", "run", "--gradient-steps", 4]
+    assert_stopped(run_main(pbrl, "--resume", "run"), "teacher.pt: exists; pass --overwrite")
+    message = "--gradient-steps: expected more than the 2 made"
+    assert_stopped(run_main(pbrl, "--resume", "run", "--overwrite"), message)
+    resume = ["--resume", "run", "--overwrite", "--gradient-steps", 4]
+    for flag, old, new in [("seed", 1, 2), ("scale", "thesis", "laptop"), ("run_dir", "run", "b")]:
+        outcome = run_main(pbrl, *resume, f"--{flag}", new)
+        assert_stopped(outcome, f"--resume: expected --{flag} {old}, as before")
     message = "run/resume.pt: expected a resume point of mop_distill.py, found a resume point of m"
     assert_stopped(run_main(distill, *resume), message)
     resume_point = torch.load("run/resume.pt", weights_only=True)
@@ -424,6 +428,15 @@ def test_resume_points_of_another_run(run_main, inputs, no_episodes):
     kind = "resume point of mop_td3_collect.py"
     torch.save({"kind": kind, "args": vars(td3.Args())}, "run/resume.pt")
     outcome = run_main(td3, "--resume", "run", "--task", "walker-stand", *TINY)
+    assert_stopped(outcome, "--resume: expected the same task")
+    outcome = run_main(td3, "--resume", "run", "--policy", "teacher.pt")
+    assert_stopped(outcome, "--resume: expected no --policy")
+    run_main(distill, *STUDENT, "--gradient-steps", 2, "--run-dir", "student")
+    outcome = run_main(distill, "--resume", "student", "--states", "online")
+    assert_stopped(outcome, "--resume: expected the same --states")
+    run_main(ds, *SHARED, "--gradient-steps", 2, "--run-dir", "shared", "--overwrite")
+    other = ["--task", "walker-stand", "--output", "other.pt"]
+    outcome = run_main(ds, "--resume", "shared", *other)
     assert_stopped(outcome, "--resume: expected the same task")
 
 

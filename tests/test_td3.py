@@ -116,10 +116,25 @@ def test_which_policy_is_the_medium_one(run_main, monkeypatch, tmp_path, case):
         found[path.stem.split("-")[2]] = load(path)["step"]
     assert found == steps
     if case == "never reached":
-        assert outcome[0] == 1 and "--medium-return 500.0: was never reached" in outcome[1]
+        assert outcome[0] == 1 and "no medium policy: its --medium-step or -return" in outcome[1]
     else:
         with np.load("data/toy-up-medium-replay.npz") as data:
             assert len(data["rewards"]) == steps["medium"]
+
+
+def test_resumed_at_its_last_step(run_main, monkeypatch, tmp_path):
+    """The expert is the policy at --total-timesteps; a medium policy that is chosen stays."""
+    use_world(monkeypatch)
+    sizes = ["--task", "toy-up", "--datasets", "medium-replay", "--learning-starts", 80]
+    sizes += ["--eval-every", 20, "--medium-step", 20, "--hidden", 8, "--run-dir", "run"]
+    run_main(td3, *sizes, "--total-timesteps", 40)
+    (tmp_path / "checkpoints/toy-up-expert-behavior.pt").unlink()
+    resume = ["--resume", "run", "--overwrite"]
+    code, text = run_main(td3, *resume, "--medium-step", 40)
+    assert code == 1 and "--resume: this run has its medium policy already" in text
+    run_main(td3, *resume)
+    steps = [load(f"checkpoints/toy-up-{x}-behavior.pt")["step"] for x in ("medium", "expert")]
+    assert steps == [20, 40]
 
 
 @pytest.fixture
