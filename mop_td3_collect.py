@@ -516,6 +516,7 @@ def save_dataset(path: Path, data: dict, task: str, source: dict, args) -> None:
 
 def main():
     args, resume_point = parse_args()
+    check(args.seed >= 0, "--seed: expected 0 or more")
     if args.policy is None:
         plain = args.mix == "online" and args.output is None
         check(plain, "--mix, --output: expected --policy, whose episodes they are for")

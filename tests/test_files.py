@@ -82,6 +82,7 @@ NOISE = ["--policy", BUNDLED[0], "--mix", "noise", "--output", "d.npz"]
 FLAGS = [
     (td3, ["--device", "cuda"], "--device cuda: found no CUDA device"),
     (distill, ["--cuda-graph"], "--cuda-graph: expected --device cuda"),
+    (td3, ["--seed", "-1"], "--seed: expected 0 or more"),
     (td3, ["--task", "walker-fly"], "task walker-fly: not one of"),
     (td3, ["--task", "lqr-lqr_2_1"], "task lqr-lqr_2_1: its episodes have no end"),
     (distill, ["--tasks", "walker-stand", "walker-stand"], "--tasks: expected distinct tasks"),
