@@ -21,6 +21,7 @@ import torch
 
 import mop_distill as distill
 import mop_ds as ds
+import mop_measure as measure
 import mop_oqs as oqs
 import mop_pbrl_teacher as pbrl
 import mop_td3_collect as td3
@@ -105,13 +106,16 @@ FLAGS = [
     (ds, ["--sources", "walker-walk", "walker-walk"], "--sources: expected distinct tasks"),
     (ds, ["--data", "a.npz"], "--data: expected one file per source"),
     (ds, ["--num-critics", 1], "--num-critics: expected 2 or more"),
+    (ds, ["--bc-temperature", 0], "--bc-temperature: expected more than 0"),
     (naive, ["--tasks", "walker-walk"], "--tasks: expected two or more distinct tasks"),
     (naive, ["--tasks", "walker-walk", "walker-walk"], "--tasks: expected two or more distinct"),
     (naive, ["--level", "medium", "expert", "medium"], "--level: expected one level, or one per"),
     (naive, ["--data", "a.npz"], "--data: expected one file per task"),
     (naive, ["--num-critics", 1], "--num-critics: expected 2 or more"),
+    (naive, ["--bc-temperature", 0], "--bc-temperature: expected more than 0"),
     (pbrl, ["--task", "walker-run"], "data/walker-run-medium.npz: not found, nor in pretrained/"),
     (pbrl, ["--num-critics", 1], "--num-critics: expected 2 or more"),
+    (pbrl, ["--bc-temperature", 0], "--bc-temperature: expected more than 0"),
     (pbrl, ["--resume", "nowhere"], "nowhere/resume.pt: expected a resume point of mop_pbrl"),
     (td3, ["--total-timesteps", 2_000_500], "--total-timesteps: expected multiples of"),
     (td3, ["--total-timesteps", 20_000], "--medium-step: expected a multiple of 10000 up to 20000"),
@@ -128,6 +132,10 @@ def test_flags(run_main, tmp_path, monkeypatch, module, options, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert_stopped(run_main(module, *options), message)
     assert not list(tmp_path.iterdir())
+
+
+def load_any_pt(path) -> dict:
+    return distill.read_pt(path, "teacher", "resume point of mop_pbrl_teacher.py")
 
 
 def load_all(path) -> dict:
@@ -274,22 +282,27 @@ def damaged(content: bytes, rng) -> bytes:
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(700, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["d.npz", "t.pt", "run/resume.pt"])
-def test_damaged_files_are_refused_or_what_they_were(run_main, inputs, no_episodes, name, count):
-    def read():
-        if name == "d.npz":
-            return load_all(name)
-        return distill.read_pt(name, "teacher", "resume point of mop_pbrl_teacher.py")
-
+@pytest.mark.parametrize(
+    "name, read",
+    [
+        ("d.npz", load_all),
+        ("d.npz", measure.load_states),
+        ("t.pt", load_any_pt),
+        ("run/resume.pt", load_any_pt),
+    ],
+)
+def test_damaged_files_are_refused_or_what_they_were(
+    run_main, inputs, no_episodes, name, read, count
+):
     run_main(pbrl, *TEACHER_RUN)
     content = Path(name).read_bytes()
-    original = read()
+    original = read(name)
     rng = np.random.default_rng(count)
     refused = 0
     for _ in range(count):
         Path(name).write_bytes(damaged(content, rng))
         try:
-            assert equal(read(), original)
+            assert equal(read(name), original)
         except SystemExit as stop:
             assert name in stop.code
             assert "\n" not in stop.code
@@ -405,6 +418,12 @@ def test_weights_that_are_not_finite_are_not_saved(run_main, monkeypatch, inputs
     outcome = run_main(naive, *NAIVE, "--run-dir", "run", "--gradient-steps", 1)
     assert_stopped(outcome, "critics of walker-stand: b3: NaN or infinite")
     assert not Path("teacher.pt").exists()
+
+
+@EACH_RUN
+def test_a_run_without_steps_is_refused(run_main, inputs, module):
+    outcome = run_main(module, *RUNS[module], "--gradient-steps", 0)
+    assert_stopped(outcome, "--gradient-steps: expected more than the 0 made")
 
 
 # ---------------------------------------------------------------------------- killed and resumed
