@@ -124,6 +124,16 @@ def test_a_fresh_clone_runs_only_what_has_no_csv(tmp_path):
     assert planned(tmp_path, "fig54", scale="laptop") == {"data": 2, "student": 1, "fig54": 1}
 
 
+@pytest.mark.parametrize("kind", ["ds", "oqs"])
+def test_what_is_measured_of_a_finished_student(tmp_path, kind):
+    """Of data sharing and the Q-switch: measured later, without a new training."""
+    student = f"{kind}/medium/seed1"
+    for path in (f"reproduce/work/tiny/{student}/student.pt", f"{TINY}/{student}.csv"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+    assert planned(tmp_path, f"{TINY}/measure/{student}.csv", scale="tiny") == {"measure": 1}
+
+
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
     """Behaviours to the activations of a student, at tiny scale."""
