@@ -292,9 +292,9 @@ def train(args, resume_point) -> None:
         check(start <= args.total_timesteps, f"--total-timesteps: {start} are already made")
         rows = resume_point["rows"]
         policies = resume_point["policies"]
-        medium = (stored["medium_step"], stored["medium_return"])
-        same = medium == (args.medium_step, args.medium_return)
-        check(same or "medium" not in policies, "--resume: this run has its medium policy already")
+        for name in ("medium_step", "medium_return"):
+            fits = getattr(args, name) == stored[name] or "medium" not in policies
+            check(fits, f"--{name}: expected {stored[name]}, as this run has its medium policy")
         replay[:start] = resume_point["replay"].to(args.device)
         physics[:start] = resume_point["physics"]
         for name, part in trained.items():

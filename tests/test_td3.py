@@ -131,7 +131,7 @@ def test_resumed_at_its_last_step(run_main, monkeypatch, tmp_path):
     (tmp_path / "checkpoints/toy-up-expert-behavior.pt").unlink()
     resume = ["--resume", "run", "--overwrite"]
     code, text = run_main(td3, *resume, "--medium-step", 40)
-    assert code == 1 and "--resume: this run has its medium policy already" in text
+    assert code == 1 and "--medium_step: expected 20, as this run has its medium policy" in text
     run_main(td3, *resume)
     steps = [load(f"checkpoints/toy-up-{x}-behavior.pt")["step"] for x in ("medium", "expert")]
     assert steps == [20, 40]
