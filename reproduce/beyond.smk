@@ -176,7 +176,7 @@ rule teacher:
         f"{WORK}/logs/{TEACHER}.log",
     params:
         run=f"{WORK}/runs/{TEACHER}",
-        flags=lambda w: flags(f"teacher {w.task}", "teacher"),
+        flags=lambda w: flags(f"teacher {w.task.partition('-')[0]}", "teacher"),
     shell:
         "go {params.run} {PYTHON} {ROOT}/mop_pbrl_teacher.py --task {wildcards.task} --scale laptop"
         " --level {wildcards.level} --data {input.data} --seed {wildcards.seed} {params.flags}"
@@ -201,7 +201,7 @@ rule student:
     params:
         run=f"{WORK}/runs/{STUDENT}",
         tasks=lambda w: GROUPS[w.group],
-        flags=flags("student"),
+        flags=lambda w: flags(f"student {w.group}", "student"),
     shell:
         "go {params.run} {PYTHON} {ROOT}/mop_distill.py --tasks {params.tasks} --scale laptop"
         " --level {wildcards.level} --data {input.data} --teachers {input.teachers}"
