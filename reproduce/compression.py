@@ -30,9 +30,8 @@ from figures import (  # noqa: E402
     TASKS,
     final,
     interval,
-    load,
+    load_recipes,
     main_recipe,
-    of_recipe,
 )
 from matplotlib.figure import Figure  # noqa: E402
 
@@ -104,9 +103,9 @@ def main():
         measure_times(times_path)
     with open(times_path) as file:
         times = {int(row["width"]): float(row["microseconds"]) for row in csv.DictReader(file)}
-    data = load(docs / "results/laptop")
-    recipe = main_recipe(data, "fig64")
-    data = of_recipe(data, recipe)
+    recipes = load_recipes(docs / "results/laptop")
+    recipe = main_recipe(recipes, "fig64")
+    data = recipes[recipe]
     both_teachers = 2 * num_parameters(Actor(OBS, ACT, TEACHER_HIDDEN))
 
     # table

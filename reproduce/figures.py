@@ -11,13 +11,12 @@ A quantity is FOLDER?COLUMN=VALUE&..: per seed the mean over these rows of FOLDE
 its last step (FOLDER/tau: of seed<s>-tau.csv). With #1 it is seed 1's alone, a constant. A | B is
 the higher of A, a constant, and B.
 
-The laptop's teachers clone their data in one of two ways, all of it alike (the old results) or
-weighted by the return of the episode. The CSVs that alike.sha256 lists with their checksums are the
-old ones; any other CSV is of weighted teachers. No comparison and no picture has runs of both.
+The laptop's teachers clone their data in one of two ways: weighted by the return of the episode, or
+all of it alike. Results of the latter, the older ones, are in docs/results/laptop-alike/. No
+comparison and no picture has runs of both.
 """
 
 import csv
-import hashlib
 import itertools
 import re
 from collections import Counter, defaultdict
@@ -49,9 +48,8 @@ CLAIMS = {  # a CLAIM b holds if sign * (a - b - margin * |b|) > 0
     "falls short": (-1, -0.05),
     "not above": (-1, 0.05),
 }
-VERDICTS = "as the thesis", "against the thesis", "open", "one seed", "being replaced", "not run"
+VERDICTS = "as the thesis", "against the thesis", "open", "one seed", "not run"
 HEADER = ("a against b", "thesis: a .. b", "ours: a", "ours: b", "a - b", "verdict")
-RECIPES = "", "weighted", "alike"  # how the teachers clone their data; "": no cloning is in it
 WITHOUT_CLONING = "behavior", "teacher-plain", "naive-plain", "frozen-plain"
 SCALES = "laptop", "thesis"
 TITLES = {  # of the pages in docs/results/, in the thesis's order
@@ -84,31 +82,9 @@ RETURN, NOTE = (
 )
 
 
-def recipe_of(path: Path, folder: Path, old: set[str]) -> str:
-    """Of the teachers behind a CSV. old: lines of alike.sha256, as sha256sum writes them."""
-    name = path.relative_to(folder)
-    if not old or name.parts[0] in WITHOUT_CLONING:
-        return ""
-    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
-    return "alike" if f"{checksum}  {name}" in old else "weighted"
-
-
-def of_recipe(data, recipe: str):
-    """The runs of this recipe, and those without cloning."""
-    chosen = defaultdict(dict)
-    for key, seeds in data.items():
-        for seed, rows in seeds.items():
-            if rows[0]["recipe"] in (recipe, ""):
-                chosen[key][seed] = rows
-    return chosen
-
-
 def load(folder: Path) -> dict[str, dict[int, list[dict]]]:
-    """FOLDER, FOLDER/tau, FOLDER/activations -> seed -> rows, with "y", the value, and "recipe"."""
+    """FOLDER, FOLDER/tau, FOLDER/activations -> seed -> rows, with "y", the value."""
     data = defaultdict(dict)
-    old = set()
-    if (folder / "alike.sha256").is_file():
-        old = set((folder / "alike.sha256").read_text().splitlines())
     for path in sorted(folder.rglob("*.csv")):
         key = list(path.parent.relative_to(folder).parts)
         name = re.fullmatch(r"seed(\d+)(?:-(tau|activations))?", path.stem)
@@ -126,9 +102,7 @@ def load(folder: Path) -> dict[str, dict[int, list[dict]]]:
         if not (name and known and rows):
             expected = f"expected the name seed<s>[-tau].csv, the columns {columns}, and rows"
             raise SystemExit(f"{path}: {expected}")
-        recipe = recipe_of(path, folder, old)
         for i, row in enumerate(rows, start=2):
-            row["recipe"] = recipe
             try:
                 row["y"] = float(row[value])
                 row["step"] = float(row.get("step", 0))
@@ -138,6 +112,19 @@ def load(folder: Path) -> dict[str, dict[int, list[dict]]]:
             key.append(name[2])
         data["/".join(key)][int(name[1])] = rows
     return data
+
+
+def load_recipes(folder: Path) -> dict[str, dict]:
+    """How the teachers clone their data -> what `load` gives; "": of runs that have no cloning.
+
+    These belong to both recipes. Without old results "" has all.
+    """
+    runs = load(folder)
+    old = folder.with_name(f"{folder.name}-alike")
+    if not old.is_dir():
+        return {"": runs}
+    plain = {key: seeds for key, seeds in runs.items() if key.split("/")[0] in WITHOUT_CLONING}
+    return {"": plain, "weighted": runs, "alike": load(old) | plain}
 
 
 def curve(data, quantity: str, evaluation="training") -> dict[int, dict[float, float]]:
@@ -256,45 +243,32 @@ def lines_of(name: str) -> list[dict]:
 
 
 def num_runs(data, line: dict) -> int:
-    """How many runs stand behind the two quantities of a line."""
+    """How many runs stand behind the two quantities of a line; 0 if one of them was not run."""
     number = 0
     for column in ("a", "b"):
         value = final(data, line[column])
-        if value is not None:
-            number += 1 if np.isscalar(value) else len(value)
+        if not value:
+            return 0
+        number += 1 if np.isscalar(value) else len(value)
     return number
 
 
-def findings(data, name: str) -> list[Finding]:
-    """The rows of a table.
-
-    Where runs of both recipes are there, a row is of the one with more runs, or of weighted. If
-    neither has both a and b, as the one is replaced and the other is not yet, it has no numbers.
-    """
-    by_recipe = {recipe: of_recipe(data, recipe) for recipe in RECIPES}
+def findings(recipes, name: str) -> list[Finding]:
+    """The rows of a table, each of the recipe that has more runs of it, or of weighted."""
     rows = []
     for line in lines_of(name):
+        recipe = max(recipes, key=lambda recipe: num_runs(recipes[recipe], line))
         quantities = [line[column] for column in ("a against b", "a", "claim", "b")]
-        chosen = None
-        most_runs = 0
-        for recipe, runs in by_recipe.items():
-            cells = finding(runs, *quantities)
-            if cells[-1] != "not run" and num_runs(runs, line) > most_runs:
-                chosen = recipe
-                most_runs = num_runs(runs, line)
-        cells = finding(by_recipe[chosen or ""], *quantities)
-        if chosen is None and finding(data, *quantities)[-1] != "not run":
-            cells = [*cells[:2], "", "", "", "being replaced"]
+        cells = finding(recipes[recipe], *quantities)
         is_example = line["example"] == line["a against b"]
-        rows.append(Finding(line["the thesis says"], is_example, chosen or "", cells))
+        rows.append(Finding(line["the thesis says"], is_example, recipe, cells))
     return rows
 
 
-def main_recipe(data, name: str) -> str:
+def main_recipe(recipes, name: str) -> str:
     """Of a picture: the recipe of which a table's lines have the most runs."""
     numbers = {}
-    for recipe in RECIPES:
-        runs = of_recipe(data, recipe)
+    for recipe, runs in recipes.items():
         numbers[recipe] = sum(num_runs(runs, line) for line in lines_of(name))
     return max(numbers, key=numbers.get)
 
@@ -585,11 +559,11 @@ def markdown_table(header, rows) -> str:
     return "\n".join(lines)
 
 
-def table(scale: str, name: str, data, rows: list[Finding], docs: Path) -> str:
+def table(scale: str, name: str, recipes, rows: list[Finding], docs: Path) -> str:
     """What a page of docs/results/ has of one scale: the picture, if there is one, and the rows."""
     parts = [f"### {scale.capitalize()} scale"]
     if (docs / f"results/{scale}/{name}.png").is_file():
-        parts.append(picture(f"{scale}/{name}.png", scale, name, data))
+        parts.append(picture(f"{scale}/{name}.png", scale, name, recipes))
     header = list(HEADER)
     cells = [row.cells for row in rows]
     if any(row.recipe for row in rows):
@@ -597,14 +571,14 @@ def table(scale: str, name: str, data, rows: list[Finding], docs: Path) -> str:
         cells = [[*row.cells, row.recipe] for row in rows]
     parts.append(markdown_table(header, cells))
     if name == "fig58":
-        recipe = main_recipe(data, name)
+        recipe = main_recipe(recipes, name)
         parts.append("Returns by width" + (f", cloning {recipe}:" if recipe else ":"))
-        parts.append("\n".join(by_width(of_recipe(data, recipe))))
+        parts.append("\n".join(by_width(recipes[recipe])))
     return "\n\n".join(parts)
 
 
-def picture(path: str, scale: str, name: str, data) -> str:
-    recipe = main_recipe(data, name)
+def picture(path: str, scale: str, name: str, recipes) -> str:
+    recipe = main_recipe(recipes, name)
     text = f"![{TITLES[name]} at {scale} scale]({path})"
     if recipe:
         text += f"\n\nCloning of the teachers in the picture: {recipe}."
@@ -667,17 +641,17 @@ def blocks(docs: Path) -> dict[str, dict[str, str]]:
         if name in FIGURES:
             made["results.md"][f"picture {name}"] = ""
     for scale in SCALES:
-        data = load(docs / "results" / scale)
-        rows = {name: findings(data, name) for name in TITLES}
+        recipes = load_recipes(docs / "results" / scale)
+        rows = {name: findings(recipes, name) for name in TITLES}
         if any(was_run(rows[name]) for name in TITLES):
             made["results.md"]["glance"] += glance(scale, rows) + "\n\n"
         for name in TITLES:
             if was_run(rows[name]):
-                text = table(scale, name, data, rows[name], docs)
+                text = table(scale, name, recipes, rows[name], docs)
                 made[f"results/{name}.md"][f"table {name}"] += text + "\n\n"
             path = f"results/{scale}/{name}.png"
             if (docs / path).is_file():
-                text = picture(path, scale, name, data)
+                text = picture(path, scale, name, recipes)
                 made["results.md"][f"picture {name}"] += text + "\n\n"
     return made
 
@@ -698,12 +672,12 @@ def main():
         if not page.is_file():
             raise SystemExit(f"expected the page {page}")
     folder = args.docs / "results" / args.scale
-    data = load(folder)
+    recipes = load_recipes(folder)
     for name, figure_of in FIGURES.items():
         path = folder / f"{name}.png"
         path.unlink(missing_ok=True)
-        figure = figure_of(of_recipe(data, main_recipe(data, name)))
-        if figure is not None and was_run(findings(data, name)):
+        figure = figure_of(recipes[main_recipe(recipes, name)])
+        if figure is not None and was_run(findings(recipes, name)):
             figure.savefig(path)
     for name, made in blocks(args.docs).items():
         page = args.docs / name

@@ -18,7 +18,7 @@ from mop_distill import Actor
 
 def returns(path, policy) -> list[float]:
     """Of the final episodes in walker-walk."""
-    with open(ROOT / "docs/results/laptop" / path) as file:
+    with open(ROOT / "docs/results/laptop-alike" / path) as file:
         rows = list(csv.DictReader(file))
     found = []
     for row in rows:

@@ -2,7 +2,6 @@
 as they are; results of two recipes of teachers are never compared."""
 
 import csv
-import hashlib
 import itertools
 import re
 import sys
@@ -38,7 +37,7 @@ def write_returns(folder, name, policy, **tasks):
 
 
 def rows_of(folder, name):
-    rows = figures.findings(figures.load(folder), name)
+    rows = figures.findings(figures.load_recipes(folder), name)
     return {row.cells[0]: row.cells[1:] for row in rows}
 
 
@@ -381,76 +380,67 @@ def test_a_page_without_its_places_is_refused(docs, monkeypatch):
         run(monkeypatch, "--docs", docs)
 
 
-def mark_as_old(folder, *names):
-    """List these CSVs, as they are, as results of teachers that clone all data alike."""
-    lines = []
-    for name in names:
-        checksum = hashlib.sha256((folder / f"{name}.csv").read_bytes()).hexdigest()
-        lines.append(f"{checksum}  {name}.csv\n")
-    (folder / "alike.sha256").write_text("".join(lines))
-
-
 @pytest.fixture
 def replaced(tmp_path):
-    """Four students and their teachers of the old recipe, and a function that replaces a run."""
-    names = []
+    """Four students and their teachers of the old recipe, and a function that adds a new run."""
+    new, old = tmp_path / "laptop", tmp_path / "laptop-alike"
     for seed in (1, 2, 3, 4):
-        write_returns(tmp_path, f"{MSE}/seed{seed}", "student", stand=400 + seed, walk=600)
-        names.append(f"{MSE}/seed{seed}")
+        write_returns(old, f"{MSE}/seed{seed}", "student", stand=400 + seed, walk=600)
     for seed in (1, 2, 3):
         name = f"teacher/walker-stand-medium/seed{seed}"
-        write_returns(tmp_path, name, "teacher", stand=500 + seed)
-        names.append(name)
-    write_returns(tmp_path, "behavior/walker-stand-medium/seed1", "behavior", stand=450)
-    mark_as_old(tmp_path, *names)
+        write_returns(old, name, "teacher", stand=500 + seed)
+    write_returns(new, "behavior/walker-stand-medium/seed1", "behavior", stand=450)
 
-    def replace(name, value):
+    def add(name, value):
         policy = name.split("/")[0]
-        write_returns(tmp_path, name, policy, stand=value)
+        write_returns(new, name, policy, stand=value)
 
-    return tmp_path, replace
+    return new, add
 
 
 def row_of(folder, part, what):
-    rows = figures.findings(figures.load(folder), part)
+    rows = figures.findings(figures.load_recipes(folder), part)
     (row,) = (row for row in rows if row.cells[0] == what)
     return row
 
 
 def test_old_and_new_seeds_are_no_sample(replaced):
-    """Of a set of seeds that is being replaced one recipe's are shown: more seeds, or the new."""
-    folder, replace = replaced
+    """Of the two recipes one is shown: that of more seeds, or the new."""
+    folder, add = replaced
     what = "walker-stand medium: teacher against its behaviour"
     row = row_of(folder, "fig51", what)
     assert (row.recipe, row.cells[2]) == ("alike", "502.0 ± 2.5 (3 seeds)")
     assert row.cells[3] == "450.0 (seed 1)"  # of no recipe, so compared with both
-    replace("teacher/walker-stand-medium/seed1", 700)
+    add("teacher/walker-stand-medium/seed1", 700)
+    add("teacher/walker-stand-medium/seed2", 700)
     row = row_of(folder, "fig51", what)
-    assert (row.recipe, row.cells[2]) == ("alike", "502.5 ± 6.4 (2 seeds)")
-    replace("teacher/walker-stand-medium/seed2", 700)
+    assert (row.recipe, row.cells[2]) == ("alike", "502.0 ± 2.5 (3 seeds)")
+    add("teacher/walker-stand-medium/seed3", 700)
     row = row_of(folder, "fig51", what)
-    assert (row.recipe, row.cells[2]) == ("weighted", "700.0 ± 0.0 (2 seeds)")
+    assert (row.recipe, row.cells[2]) == ("weighted", "700.0 ± 0.0 (3 seeds)")
 
 
 def test_old_and_new_are_not_compared(replaced):
-    folder, replace = replaced
+    folder, add = replaced
     what = "walker-stand: mse against its teacher"
-    row = row_of(folder, "fig54", what)
-    assert (row.recipe, row.verdict) == ("alike", "against the thesis")
-    replace("teacher/walker-stand-medium/seed1", 460)  # the one of all students
-    row = row_of(folder, "fig54", what)
-    assert (row.recipe, row.cells[2:]) == ("", ["", "", "", "being replaced"])
-    replace(f"{MSE}/seed1", 465)
+    old = row_of(folder, "fig54", what)
+    assert (old.recipe, old.verdict) == ("alike", "against the thesis")
+    for seed in (1, 2, 3, 4):
+        assert row_of(folder, "fig54", what) == old  # new students alone are not enough
+        add(f"{MSE}/seed{seed}", 465)
+    add("teacher/walker-stand-medium/seed1", 460)  # the one of all students
     row = row_of(folder, "fig54", what)
     assert row.recipe == "weighted"
-    assert row.cells[2:5] == ["465.0 (1 seed)", "460.0 (seed 1)", "+5.0"]
+    assert row.cells[2:5] == ["465.0 ± 0.0 (4 seeds)", "460.0 (seed 1)", "+5.0 ± 0.0"]
     row = row_of(folder, "fig54", "walker-stand: kl against its teacher")
-    assert row.verdict == "not run"  # nothing is there that is being replaced
+    assert row.verdict == "not run"
 
 
 def test_old_and_new_are_in_no_picture(docs, monkeypatch):
-    folder = docs / "results" / "laptop"
-    mark_as_old(folder, *[f"{MSE}/seed{seed}" for seed in (1, 2, 3)])
+    new, old = docs / "results/laptop", docs / "results/laptop-alike"
+    for seed in (1, 2, 3):
+        (old / MSE).mkdir(parents=True, exist_ok=True)
+        (new / f"{MSE}/seed{seed}.csv").rename(old / f"{MSE}/seed{seed}.csv")
     drawn = {}
 
     def draw(data):
@@ -465,28 +455,12 @@ def test_old_and_new_are_in_no_picture(docs, monkeypatch):
     assert "fig54.png)\n\nCloning of the teachers in the picture: weighted.\n" in overview
     page = (docs / "results" / "fig54.md").read_text()
     assert "| a - b | verdict | cloning |\n" in page
-    assert "| walker-walk: mse against its teacher | matches |  |  |  | being replaced |  |" in page
+    assert "| walker-walk: mse against its teacher | matches |  |" in page
 
 
-def old_results() -> dict[str, bool]:
-    """Of the list of old results: CSV -> whether it is still there as it was."""
-    folder = ROOT / "docs/results/laptop"
-    listed = folder / "alike.sha256"
-    lines = listed.read_text().splitlines() if listed.is_file() else []
-    found = {}
-    for line in lines:
-        _, name = line.split("  ")
-        path = folder / name
-        found[name] = path.is_file() and figures.recipe_of(path, folder, set(lines)) == "alike"
-    return found
-
-
-def test_the_list_of_old_results():
-    found = old_results()
-    for name in found:
-        assert re.fullmatch(r"[\w.-]+/[\w./-]+/seed\d+[\w-]*\.csv", name)
-        assert name.split("/")[0] not in figures.WITHOUT_CLONING
-    assert any(found.values()) or not found, "none is left: delete alike.sha256"
+def test_no_result_without_cloning_is_an_old_one():
+    for path in (ROOT / "docs/results/laptop-alike").glob("*"):
+        assert path.name not in figures.WITHOUT_CLONING
 
 
 def test_every_claim_has_one_example():
@@ -552,8 +526,8 @@ def test_sentences(page):
 
 
 def test_intervals_of_the_other_pages_are_of_these():
-    """mean ± half in the README and on the scripts' pages: on the pages of the results, perhaps
-    rounded."""
+    """mean ± half in the README and on the scripts' pages: on the pages of the results or in a
+    table of one recipe of teachers, perhaps rounded."""
 
     def pairs(text):
         return re.findall(r"(-?\d[\d.]*) ± ([\d.]*\d)", text)
@@ -561,9 +535,11 @@ def test_intervals_of_the_other_pages_are_of_these():
     def rounded(short, long):
         return abs(float(short) - float(long)) < 0.55 * 10.0 ** -len(short.partition(".")[2])
 
-    if not all(old_results().values()):
-        pytest.skip("results are being replaced; these pages follow when all are")
     known = []
+    for recipe, runs in figures.load_recipes(ROOT / "docs/results/laptop").items():
+        for name in figures.TITLES:
+            for row in figures.findings({recipe: runs}, name):
+                known += pairs(" ".join(row.cells))
     for page in PAGES:
         known += pairs(page.read_text())
     texts = {"README.md": (ROOT / "README.md").read_text()}
