@@ -27,7 +27,6 @@ GROUPS = config["groups"]
 DOMAINS = [group for group in GROUPS if not group.startswith("walker")]
 AMOUNTS = config["transitions"]
 MOST = max(AMOUNTS)
-DOMAIN_AMOUNT = config["domain_transitions"]
 PYTHON, RECORD = sys.executable, f"{sys.executable} {ROOT}/reproduce/record.py"
 TEACHER = "teacher/{task}-{level}-{amount}/seed{seed}"
 STUDENT = "student/{group}-{level}-{amount}-{encoding}/seed{seed}"
@@ -61,7 +60,7 @@ def results_of(group, level="expert", amount=MOST, encodings=("number",)):
 
 
 PARTS = {
-    "domains": [path for group in DOMAINS for path in results_of(group, amount=DOMAIN_AMOUNT)],
+    "domains": [path for group in DOMAINS for path in results_of(group)],
     "three_tasks": results_of("walker3", "medium", encodings=("number", "onehot")),
     "amount": [
         path

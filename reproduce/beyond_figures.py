@@ -30,7 +30,6 @@ from figures import COLOURS, interval  # noqa: E402
 CONFIG = yaml.safe_load((ROOT / "reproduce/beyond.yaml").read_text())
 AMOUNTS = CONFIG["transitions"]
 MOST = max(AMOUNTS)
-DOMAIN_AMOUNT = CONFIG["domain_transitions"]
 WIDTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
@@ -96,12 +95,12 @@ def domains_table(results: Path) -> str:
     for group, tasks in CONFIG["groups"].items():
         if group.startswith("walker"):
             continue
-        name = f"{group}-expert-{DOMAIN_AMOUNT}-number"
+        name = f"{group}-expert-{MOST}-number"
         for task in tasks:
             behavior = final_return(results / f"behavior/{task}-expert.csv", task)
             if behavior is None:
                 continue
-            teacher_folder = results / f"teacher/{task}-expert-{DOMAIN_AMOUNT}"
+            teacher_folder = results / f"teacher/{task}-expert-{MOST}"
             teacher = final_return(teacher_folder / "seed1.csv", task)
             student = over_seeds(results / "student" / name, task)
             cells = [
@@ -118,10 +117,9 @@ def domains_table(results: Path) -> str:
 def sharing_table(results: Path) -> str:
     lines = ["| group | ids | per-state tau-a | average tau-a | CKA |", "|---|---|---|---|---|"]
     for group, tasks in CONFIG["groups"].items():
-        walker = group.startswith("walker")
-        data = f"medium-{MOST}" if walker else f"expert-{DOMAIN_AMOUNT}"
+        level = "medium" if group.startswith("walker") else "expert"
         for encoding in ("number", "onehot"):
-            folder = results / f"measure/student/{group}-{data}-{encoding}"
+            folder = results / f"measure/student/{group}-{level}-{MOST}-{encoding}"
             for i, j in combinations(range(len(tasks)), 2):
                 pair = f" {i}-{j}" if len(tasks) > 2 else ""
                 cells = [f"{tasks[i]}, {tasks[j].partition('-')[2]}", encoding]
@@ -201,8 +199,8 @@ def draw_domains(results: Path, path: Path) -> None:
             continue
         for task in tasks:
             behavior = final_return(results / f"behavior/{task}-expert.csv", task)
-            teachers = over_seeds(results / f"teacher/{task}-expert-{DOMAIN_AMOUNT}", task)
-            folder = results / f"student/{group}-expert-{DOMAIN_AMOUNT}-number"
+            teachers = over_seeds(results / f"teacher/{task}-expert-{MOST}", task)
+            folder = results / f"student/{group}-expert-{MOST}-number"
             students = over_seeds(folder, task)
             if behavior is None or not students:
                 continue

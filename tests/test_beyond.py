@@ -17,7 +17,7 @@ sys.path.append(str(ROOT / "reproduce"))
 figures = importlib.import_module("beyond_figures")
 losses = importlib.import_module("losses")
 
-AMOUNT = figures.DOMAIN_AMOUNT
+AMOUNT = figures.MOST
 COLUMNS = ["policy", "task", "evaluation", "step", "episode", "return"]
 PAGE = """# Page
 <!-- table domains -->
