@@ -430,6 +430,7 @@ def state_weights(data: dict, teacher: dict, teacher_obs, args, device) -> Tenso
         weights = torch.cat(values).clamp(min=0)
         if args.weights == "q-ratio":
             weights = weights / behavior_values(data, args, device).clamp(min=MIN_VALUE)
+    check(weights.mean() > 0, f"--weights {args.weights}: every state has weight 0")
     return weights / weights.mean()
 
 
@@ -477,6 +478,8 @@ def main():
     if args.weights == "density" and not teacher_data_paths:
         online = [f"data/{Path(path).stem}-online.npz" for path in teacher_paths]
         teacher_data_paths = [find_file(path) for path in online]
+    fits = len(teacher_data_paths) in (0, num_tasks)
+    check(fits, "--teacher-data: expected one file per task")
 
     # states, their weights, and what the frozen teachers say about them
     torch.manual_seed(zlib.crc32(f"{args.seed} weights".encode()))

@@ -116,10 +116,11 @@ for part in PARTS:
         localrule: True
 
 
-# what starts or goes on: go RUN_FOLDER COMMAND ARGUMENTS
+# what starts or goes on, as in Snakefile: go RUN_FOLDER COMMAND ARGUMENTS
 shell.prefix(
+    "set -euo pipefail; "
     'go() {{ R=$1; shift; if [ -f "$R/resume.pt" ]; then "$@" --resume "$R"; '
-    'else rm -rf "$R"; "$@" --run-dir "$R"; fi; }}; '
+    'else rm -rf "$R"; "$@" --run-dir "$R"; fi; rm "$R/resume.pt"; }}; '
 )
 
 

@@ -10,7 +10,6 @@ docs/amount.png, and what stands between the markers of docs/beyond.md.
 """
 
 import csv
-import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "reproduce"))
 
-from figures import COLOURS, interval  # noqa: E402
+from figures import COLOURS, fill, interval  # noqa: E402
 
 CONFIG = yaml.safe_load((ROOT / "reproduce/beyond.yaml").read_text())
 AMOUNTS = CONFIG["transitions"]
@@ -89,6 +88,11 @@ def taus(folder: Path, name: str) -> list[float]:
     return found
 
 
+def markdown(lines: list[str]) -> str:
+    """A table, its first two lines the header."""
+    return "\n".join(lines) if len(lines) > 2 else "Not run yet."
+
+
 def domains_table(results: Path) -> str:
     lines = ["| task | behaviour | teachers | student | student, % of its teacher |"]
     lines.append("|---|---|---|---|---|")
@@ -111,7 +115,7 @@ def domains_table(results: Path) -> str:
                 text(share(student, teacher)),
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return markdown(lines)
 
 
 def sharing_table(results: Path) -> str:
@@ -127,7 +131,7 @@ def sharing_table(results: Path) -> str:
                     cells.append(text(taus(folder, measure + pair), digits=3))
                 if cells[2]:
                     lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return markdown(lines)
 
 
 def three_tasks_table(results: Path) -> str:
@@ -140,8 +144,9 @@ def three_tasks_table(results: Path) -> str:
         for encoding in ("number", "onehot"):
             name = f"walker3-medium-{MOST}-{encoding}"
             cells.append(text(over_seeds(results / "student" / name, task)))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        if any(cells[1:]):
+            lines.append(f"| {' | '.join(cells)} |")
+    return markdown(lines)
 
 
 def amount_table(results: Path) -> str:
@@ -155,7 +160,7 @@ def amount_table(results: Path) -> str:
                 if teachers:
                     cells = [f"{amount:,}", task, level, text(teachers), text(students)]
                     lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return markdown(lines)
 
 
 def amount_shares(results, task, level, amount, behavior) -> tuple[list[float], list[float]]:
@@ -187,7 +192,7 @@ def wide_table(results: Path, laptop: Path) -> str:
             for values in losses.values():
                 cells.append(text(values, digits=4))
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return markdown(lines)
 
 
 def draw_domains(results: Path, path: Path) -> None:
@@ -272,11 +277,8 @@ def main():
         "wide": wide_table(results, docs / "results/laptop"),
     }
     page = docs / "beyond.md"
-    text_of_page = page.read_text()
-    for name, table in tables.items():
-        markers = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text_of_page = markers.sub(rf"\g<1>{table}\n\g<2>", text_of_page)
-    page.write_text(text_of_page)
+    made = {f"table {name}": table for name, table in tables.items()}
+    page.write_text(fill(page.read_text(), made))
     draw_domains(results, docs / "domains.png")
     draw_amount(results, docs / "amount.png")
 

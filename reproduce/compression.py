@@ -12,7 +12,6 @@ markers of docs/beyond.md.
 
 import csv
 import os
-import re
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ import tyro  # noqa: E402
 from figures import (  # noqa: E402
     COLOURS,
     TASKS,
+    fill,
     final,
     interval,
     load_recipes,
@@ -121,11 +121,10 @@ def main():
         ]
         cells += [describe(shares_of_teacher(data, width, task)) for task in TASKS]
         lines.append(f"| {' | '.join(cells)} |")
-    lines.append(f"\nCloning of the teachers: {recipe}.")
+    if recipe:
+        lines.append(f"\nCloning of the teachers: {recipe}.")
     page = docs / "beyond.md"
-    markers = re.compile(r"(<!-- table compression -->\n).*?(<!-- end -->)", re.DOTALL)
-    table = "\n".join(lines) + "\n"
-    page.write_text(markers.sub(lambda match: match[1] + table + match[2], page.read_text()))
+    page.write_text(fill(page.read_text(), {"table compression": "\n".join(lines)}))
 
     # picture
     figure = Figure(figsize=(8, 3.4), layout="constrained", dpi=130)

@@ -117,14 +117,14 @@ def load(folder: Path) -> dict[str, dict[int, list[dict]]]:
 def load_recipes(folder: Path) -> dict[str, dict]:
     """How the teachers clone their data -> what `load` gives; "": of runs that have no cloning.
 
-    These belong to both recipes. Without old results "" has all.
+    These belong to both recipes, unless an old one is there. Without old results "" has all.
     """
     runs = load(folder)
     old = folder.with_name(f"{folder.name}-alike")
     if not old.is_dir():
         return {"": runs}
     plain = {key: seeds for key, seeds in runs.items() if key.split("/")[0] in WITHOUT_CLONING}
-    return {"": plain, "weighted": runs, "alike": load(old) | plain}
+    return {"": plain, "weighted": runs, "alike": plain | load(old)}
 
 
 def curve(data, quantity: str, evaluation="training") -> dict[int, dict[float, float]]:
@@ -266,10 +266,17 @@ def findings(recipes, name: str) -> list[Finding]:
 
 
 def main_recipe(recipes, name: str) -> str:
-    """Of a picture: the recipe of which a table's lines have the most runs."""
+    """Of a picture: the recipe that has the most runs of it, or weighted."""
+    folders = set()
+    for line in lines_of(name):
+        for quantity in (line["a"], *line["b"].split(" | ")):
+            folders.add(re.split(r"[?#]", quantity)[0])
+    states = {"fig58": STATES, "fig64": ("offline",)}  # they draw more widths than the table has
+    for width, state in itertools.product(WIDTHS, states.get(name, ())):
+        folders.add(student(width, state))
     numbers = {}
     for recipe, runs in recipes.items():
-        numbers[recipe] = sum(num_runs(runs, line) for line in lines_of(name))
+        numbers[recipe] = sum(len(runs.get(folder, ())) for folder in folders)
     return max(numbers, key=numbers.get)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import shutil
 import sys
 
 import numpy as np
@@ -24,12 +25,16 @@ PAGE = """# Page
 old
 <!-- end -->
 <!-- table three_tasks -->
+old
 <!-- end -->
 <!-- table sharing -->
+old
 <!-- end -->
 <!-- table amount -->
+old
 <!-- end -->
 <!-- table wide -->
+old
 <!-- end -->
 The end.
 """
@@ -74,6 +79,14 @@ def lines(tmp_path, monkeypatch) -> list[str]:
     monkeypatch.setattr(sys, "argv", ["beyond_figures.py", "--docs", str(tmp_path)])
     figures.main()
     return (tmp_path / "beyond.md").read_text().splitlines()
+
+
+def test_the_page_is_of_the_csvs(tmp_path, monkeypatch):
+    shutil.copy(ROOT / "docs/beyond.md", tmp_path)
+    (tmp_path / "results").symlink_to(ROOT / "docs/results")
+    monkeypatch.setattr(sys, "argv", ["beyond_figures.py", "--docs", str(tmp_path)])
+    figures.main()
+    assert (tmp_path / "beyond.md").read_text() == (ROOT / "docs/beyond.md").read_text()
 
 
 def half_interval(values) -> float:

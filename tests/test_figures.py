@@ -458,9 +458,30 @@ def test_old_and_new_are_in_no_picture(docs, monkeypatch):
     assert "| walker-walk: mse against its teacher | matches |  |" in page
 
 
-def test_no_result_without_cloning_is_an_old_one():
-    for path in (ROOT / "docs/results/laptop-alike").glob("*"):
-        assert path.name not in figures.WITHOUT_CLONING
+def test_a_picture_changes_with_all_it_draws(tmp_path):
+    """Fig. 6.4 draws six widths, and its table compares two of them."""
+    for width in figures.WIDTHS:
+        name = MSE.replace("256", str(width))
+        write_returns(tmp_path / "laptop-alike", f"{name}/seed1", "student", stand=400)
+        recipes = figures.load_recipes(tmp_path / "laptop")
+        assert figures.main_recipe(recipes, "fig64") == "alike"
+    for width in figures.WIDTHS:
+        assert figures.main_recipe(recipes, "fig64") == "alike"
+        name = MSE.replace("256", str(width))
+        write_returns(tmp_path / "laptop", f"{name}/seed1", "student", stand=500)
+        recipes = figures.load_recipes(tmp_path / "laptop")
+    assert figures.main_recipe(recipes, "fig64") == "weighted"
+
+
+def test_an_old_behavior_stays_with_the_old_teachers(replaced):
+    folder, add = replaced
+    old = folder.with_name("laptop-alike")
+    write_returns(old, "behavior/walker-stand-medium/seed1", "behavior", stand=440)
+    what = "walker-stand medium: teacher against its behaviour"
+    assert row_of(folder, "fig51", what).cells[3] == "440.0 (seed 1)"
+    for seed in (1, 2, 3):
+        add(f"teacher/walker-stand-medium/seed{seed}", 700)
+    assert row_of(folder, "fig51", what).cells[3] == "450.0 (seed 1)"
 
 
 def test_every_claim_has_one_example():

@@ -95,6 +95,9 @@ def test_weights_by_value(teacher, monkeypatch):
         args = reweighted.Args(weights=name)
         found = reweighted.state_weights(data, teacher, None, args, "cpu")
         np.testing.assert_allclose(found, weights / weights.mean(), rtol=1e-4, atol=1e-6)
+    teacher["critics"]["b3"] -= 1000  # no value is positive
+    with pytest.raises(SystemExit, match="--weights value: every state has weight 0"):
+        reweighted.state_weights(data, teacher, None, reweighted.Args(weights="value"), "cpu")
 
 
 def test_share_of_the_teacher():
@@ -125,6 +128,8 @@ def test_run(weights, run_main, no_episodes, tmp_path):
     tiny = ["--weights", weights, "--data", *data, "--hidden", 8, "--batch-size", 16]
     tiny += ["--weight-steps", 20, "--final-eval-episodes", 2, "--eval-episodes", 2]
     tiny += ["--eval-every", 5]
+    outcome = run_main(reweighted, *tiny, "--teacher-data", data[0])
+    assert outcome[0] == 1 and "--teacher-data: expected one file per task" in outcome[1]
     out = run_main(reweighted, *tiny, "--gradient-steps", 10, "--run-dir", "whole")
     assert out.count("of the teacher's own episodes: 50.0% of the states") == 2
     run_main(reweighted, *tiny, "--gradient-steps", 5, "--run-dir", "parts")
