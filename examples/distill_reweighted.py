@@ -423,10 +423,12 @@ def state_weights(data: dict, teacher: dict, teacher_obs, args, device) -> Tenso
     else:
         actor = load_actor(teacher).to(args.device)
         critics = {name: weight.to(args.device) for name, weight in teacher["critics"].items()}
+        action_dim = data["actions"].shape[1]  # a Gaussian actor's means come first
         values = []
         with torch.no_grad():
             for part in obs.split(65_536):
-                values.append(q_values(critics, part, actor(part)).min(dim=0).values)
+                action = actor(part)[:, :action_dim]
+                values.append(q_values(critics, part, action).min(dim=0).values)
         weights = torch.cat(values).clamp(min=0)
         if args.weights == "q-ratio":
             weights = weights / behavior_values(data, args, device).clamp(min=MIN_VALUE)
@@ -543,6 +545,9 @@ def main():
         "tau": [["step", "task", "other_task", "layer", "tau_a_mean", "tau_a_std"]],
     }
     if resume_point:
+        for name in ("states", "weights"):
+            same = resume_point["args"][name] == getattr(args, name)
+            check(same, f"--resume: expected the same --{name}")
         start = resume_point["step"]
         rows = resume_point["rows"]
         student.load_state_dict(resume_point["student"])

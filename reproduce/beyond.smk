@@ -88,6 +88,10 @@ def flags(*names):
     return next((found[name] for name in names if name in found), "")
 
 
+def training(*names):
+    return f"--scale laptop {flags(*names)} {config['extra']}"
+
+
 def behavior_of(task, level):
     """At laptop scale the bundled file where there is one."""
     file = ROOT / f"pretrained/{task}-{level}-behavior.pt"
@@ -132,10 +136,10 @@ rule td3:
         f"{WORK}/logs/td3/{{task}}.log",
     params:
         run="runs/td3/{task}",
-        flags=lambda w: flags(f"td3 {w.task}", "td3"),
+        flags=lambda w: training(f"td3 {w.task}", "td3"),
     shell:
         "(cd {WORK}; go {params.run} {PYTHON} {ROOT}/mop_td3_collect.py --task {wildcards.task}"
-        " --scale laptop {params.flags} --datasets --overwrite --threads {threads}) >> {log} 2>&1"
+        " {params.flags} --datasets --overwrite --threads {threads}) >> {log} 2>&1"
 
 
 rule behavior:
@@ -176,9 +180,9 @@ rule teacher:
         f"{WORK}/logs/{TEACHER}.log",
     params:
         run=f"{WORK}/runs/{TEACHER}",
-        flags=lambda w: flags(f"teacher {w.task.partition('-')[0]}", "teacher"),
+        flags=lambda w: training(f"teacher {w.task.partition('-')[0]}", "teacher"),
     shell:
-        "go {params.run} {PYTHON} {ROOT}/mop_pbrl_teacher.py --task {wildcards.task} --scale laptop"
+        "go {params.run} {PYTHON} {ROOT}/mop_pbrl_teacher.py --task {wildcards.task}"
         " --level {wildcards.level} --data {input.data} --seed {wildcards.seed} {params.flags}"
         " --output {output.pt} --overwrite --threads {threads} >> {log} 2>&1; "
         "{RECORD} {output.csv} {params.run}/returns.csv {output.pt}"
@@ -201,9 +205,9 @@ rule student:
     params:
         run=f"{WORK}/runs/{STUDENT}",
         tasks=lambda w: GROUPS[w.group],
-        flags=lambda w: flags(f"student {w.group}", "student"),
+        flags=lambda w: training(f"student {w.group}", "student"),
     shell:
-        "go {params.run} {PYTHON} {ROOT}/mop_distill.py --tasks {params.tasks} --scale laptop"
+        "go {params.run} {PYTHON} {ROOT}/mop_distill.py --tasks {params.tasks}"
         " --level {wildcards.level} --data {input.data} --teachers {input.teachers}"
         " --task-encoding {wildcards.encoding} --seed {wildcards.seed} {params.flags}"
         " --threads {threads} >> {log} 2>&1; "

@@ -94,6 +94,11 @@ def test_reweighted_students_and_what_they_are_compared_with(tmp_path):
     assert jobs["student"] == widths * seeds * (shifted + 2)  # drawn alike; online of both levels
 
 
+def test_students_stand_beside_their_teachers(tmp_path):
+    for part, levels in (("fig58", 1), ("compression", 1), ("appendixE", 3)):
+        assert planned(tmp_path, part, scale="laptop")["teacher"] == 2 * levels  # tasks
+
+
 def test_wider_students_and_their_losses(tmp_path):
     jobs = planned(tmp_path, "wide", scale="laptop")
     assert jobs["student"] == jobs["losses"] == 8 * 2 * 3  # widths, mixes, seeds
@@ -292,9 +297,9 @@ BEYOND = [sys.executable, "-m", "snakemake", "--cores", "2"]
 BEYOND += ["--snakefile", str(ROOT / "reproduce/beyond.smk")]
 
 
-def beyond(folder, *args) -> str:
+def beyond(folder, *args, extra="") -> str:
     """What reproduce/beyond.smk prints that comes to its end."""
-    command = [*BEYOND, *args, "--config", f"folder={folder}", "scale=tiny"]
+    command = [*BEYOND, *args, "--config", f"folder={folder}", "scale=tiny", f"extra={extra}"]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
@@ -310,6 +315,13 @@ def test_all_beyond_the_thesis(tmp_path):
     assert jobs["data"] == domains + amounts + 1
     assert jobs["teacher"] == 3 * (domains + amounts + 1)
     assert jobs["student"] == jobs["measure"] == 3 * (4 + 2 + 2 * 5)
+
+
+def test_more_flags_beyond_the_thesis(tmp_path):
+    target = "docs/results/beyond-tiny/student/reacher-expert-1000000-number/seed1.csv"
+    text = beyond(tmp_path, "--dry-run", "--printshellcmds", target, extra="--eval-every=7")
+    trainings = re.findall(r"mop_(?:td3|pbrl|distill).* --eval-every=7 ", text)
+    assert len(trainings) == 2 + 2 + 1  # behaviours, teachers, a student
 
 
 @pytest.mark.slow

@@ -71,13 +71,14 @@ def test_draws_follow_the_weights():
     assert chisquare(counts[[0, 2, 3]], [10_000, 30_000, 20_000]).pvalue > 0.001
 
 
-@pytest.fixture
-def teacher(tmp_path):
-    return torch.load(write_teacher(tmp_path / "teacher.pt"), weights_only=True)
+@pytest.mark.parametrize("log_std", [None, [-5.0, 2.0]])
+def test_weights_by_value(log_std, monkeypatch, tmp_path):
+    """min_k Q_k(s, pi(s)) where positive, over Q^B(s, a) in q-ratio, then divided by their mean.
 
-
-def test_weights_by_value(teacher, monkeypatch):
-    """min_k Q_k(s, pi(s)) where positive, over Q^B(s, a) in q-ratio, then divided by their mean."""
+    pi(s) is a Gaussian teacher's mean.
+    """
+    path = write_teacher(tmp_path / "a.pt", log_std=log_std, seed=8)
+    teacher = torch.load(path, weights_only=True)
     data = make_arrays()
     behavior = torch.linspace(0, 1, 200)
     monkeypatch.setattr(reweighted, "behavior_values", lambda *args: behavior)
@@ -86,7 +87,7 @@ def test_weights_by_value(teacher, monkeypatch):
     critics.load_state_dict(teacher["critics"])
     expected = []
     for obs in torch.from_numpy(data["observations"]):
-        q = [critics(obs[None], actor(obs[None]))[k].item() for k in range(2)]
+        q = [critics(obs[None], actor(obs[None])[:, :6])[k].item() for k in range(2)]
         expected.append(max(min(q), 0))
     assert 0 < np.count_nonzero(expected) < 200
     expected = {"none": np.ones(200), "value": np.array(expected)}
@@ -133,6 +134,8 @@ def test_run(weights, run_main, no_episodes, tmp_path):
     out = run_main(reweighted, *tiny, "--gradient-steps", 10, "--run-dir", "whole")
     assert out.count("of the teacher's own episodes: 50.0% of the states") == 2
     run_main(reweighted, *tiny, "--gradient-steps", 5, "--run-dir", "parts")
+    outcome = run_main(reweighted, "--resume", "parts", "--states", "online")
+    assert outcome[0] == 1 and "--resume: expected the same --states" in outcome[1]
     run_main(reweighted, "--resume", "parts", "--gradient-steps", 10)
     with open("whole/weights.csv") as file:
         rows = list(csv.DictReader(file))
