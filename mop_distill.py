@@ -341,11 +341,13 @@ def main():
         with torch.no_grad():
             labels.append(torch.cat([actor(part) for part in states[i].split(65_536)]))
         if args.loss == "q":
+            check("critics" in teacher, f"{teacher_paths[i]}: has no critics, as --loss q needs")
             weights = teacher["critics"]
             critics.append({name: weight.to(args.device) for name, weight in weights.items()})
         log_std_bounds.append(teacher["sizes"]["log_std"])  # None of a deterministic teacher
-        teacher_returns.append(np.mean(teacher["returns"][task]))
-        print(f"teacher {i}: {teacher_paths[i]}, return {teacher_returns[i]:.1f}")
+        mean = np.mean(teacher["returns"][task])
+        teacher_returns.append(mean)
+        print(f"teacher {i}: {teacher_paths[i]}, {teacher['level']}, return {mean:.1f}")
     if args.loss == "kl":
         alike = log_std_bounds.count(log_std_bounds[0]) == num_tasks
         check(alike and log_std_bounds[0], "--loss kl: expected Gaussian teachers of one kind")
@@ -517,7 +519,7 @@ def parse_args():
     if args.resume:
         path = Path(args.resume).expanduser() / "resume.pt"
         resume_point = read_pt(path, f"resume point of {Path(__file__).name}")
-        default = Args(**resume_point["args"])
+        default = replace(Args(**resume_point["args"]), overwrite=False)
     args = tyro.cli(Args, description=__doc__, default=default)
     check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: found no CUDA device")
     check(args.device == "cuda" or not args.cuda_graph, "--cuda-graph: expected --device cuda")
@@ -549,7 +551,8 @@ def make_run_dir(args, name: str) -> Path:
     free = args.resume or args.overwrite or not any(run_dir.iterdir())
     check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
     if not args.resume:
-        (run_dir / "resume.pt").unlink(missing_ok=True)  # of a run that is overwritten
+        for path in run_dir.glob("*.pt"):  # of a run that is overwritten
+            path.unlink()
     return run_dir
 
 

@@ -512,6 +512,7 @@ def main():
                 "critics": critics.state_dict(),
                 "versions": VERSIONS,
             }
+            check_output(output, args)  # another run may have written it
             save(output, checkpoint)
         if evaluate:
             for name in rows:
@@ -548,7 +549,7 @@ def parse_args():
     if args.resume:
         path = Path(args.resume).expanduser() / "resume.pt"
         resume_point = read_pt(path, f"resume point of {Path(__file__).name}")
-        default = Args(**resume_point["args"])
+        default = replace(Args(**resume_point["args"]), overwrite=False)
     args = tyro.cli(Args, description=__doc__, default=default)
     check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: found no CUDA device")
     check(args.device == "cuda" or not args.cuda_graph, "--cuda-graph: expected --device cuda")
@@ -580,7 +581,8 @@ def make_run_dir(args, name: str) -> Path:
     free = args.resume or args.overwrite or not any(run_dir.iterdir())
     check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
     if not args.resume:
-        (run_dir / "resume.pt").unlink(missing_ok=True)  # of a run that is overwritten
+        for path in run_dir.glob("*.pt"):  # of a run that is overwritten
+            path.unlink()
     return run_dir
 
 
@@ -764,7 +766,7 @@ def check_finite(name, content) -> None:
 
 
 def check_output(path: Path, args) -> None:
-    """Stop before training where a file would be replaced."""
+    """Stop where a file would be replaced."""
     check(args.overwrite or not path.exists(), f"{path}: exists; pass --overwrite to replace it")
 
 

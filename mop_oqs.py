@@ -227,7 +227,8 @@ def main():
             teachers.append((load_actor(teacher).to(args.device), critics))
             mean = np.mean(teacher["returns"][task])
             texts.append(f"from {source} {mean:.1f}")
-            print(f"{task} from {source}: {path}, return {mean:.1f}, {teacher['step']} updates")
+            facts = f"{teacher['level']}, return {mean:.1f}, {teacher['step']} updates"
+            print(f"{task} from {source}: {path}, {facts}")
         teacher_texts.append(", ".join(texts))
         actions, winners = q_switch(teachers, states)
         labels.append(actions)
@@ -374,7 +375,7 @@ def parse_args():
     if args.resume:
         path = Path(args.resume).expanduser() / "resume.pt"
         resume_point = read_pt(path, f"resume point of {Path(__file__).name}")
-        default = Args(**resume_point["args"])
+        default = replace(Args(**resume_point["args"]), overwrite=False)
     args = tyro.cli(Args, description=__doc__, default=default)
     check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: found no CUDA device")
     check(args.device == "cuda" or not args.cuda_graph, "--cuda-graph: expected --device cuda")
@@ -406,7 +407,8 @@ def make_run_dir(args, name: str) -> Path:
     free = args.resume or args.overwrite or not any(run_dir.iterdir())
     check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
     if not args.resume:
-        (run_dir / "resume.pt").unlink(missing_ok=True)  # of a run that is overwritten
+        for path in run_dir.glob("*.pt"):  # of a run that is overwritten
+            path.unlink()
     return run_dir
 
 

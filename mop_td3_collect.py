@@ -295,6 +295,8 @@ def train(args, resume_point) -> None:
         for name in ("medium_step", "medium_return"):
             fits = getattr(args, name) == stored[name] or "medium" not in policies
             check(fits, f"--{name}: expected {stored[name]}, as this run has its medium policy")
+        if args.medium_return is None and "medium" not in policies:
+            check(args.medium_step > start, f"--medium-step: expected more than the {start} made")
         replay[:start] = resume_point["replay"].to(args.device)
         physics[:start] = resume_point["physics"]
         for name, part in trained.items():
@@ -408,6 +410,8 @@ def train(args, resume_point) -> None:
     policies["expert"] = {"step": args.total_timesteps, "actor": deepcopy(actor.state_dict())}
 
     # checkpoints and their datasets
+    for path in outputs.values():  # another run may have written them
+        check_output(path, args)
     for level, policy in policies.items():
         actor.load_state_dict(policy["actor"])
         seeds = EVAL_SEEDS[: args.final_eval_episodes]
@@ -546,7 +550,7 @@ def parse_args():
     if args.resume:
         path = Path(args.resume).expanduser() / "resume.pt"
         resume_point = read_pt(path, f"resume point of {Path(__file__).name}")
-        default = Args(**resume_point["args"])
+        default = replace(Args(**resume_point["args"]), overwrite=False)
     args = tyro.cli(Args, description=__doc__, default=default)
     check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: found no CUDA device")
     check(args.device == "cuda" or not args.cuda_graph, "--cuda-graph: expected --device cuda")
@@ -567,7 +571,8 @@ def make_run_dir(args, name: str) -> Path:
     free = args.resume or args.overwrite or not any(run_dir.iterdir())
     check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
     if not args.resume:
-        (run_dir / "resume.pt").unlink(missing_ok=True)  # of a run that is overwritten
+        for path in run_dir.glob("*.pt"):  # of a run that is overwritten
+            path.unlink()
     return run_dir
 
 
@@ -728,7 +733,7 @@ def check_finite(name, content) -> None:
 
 
 def check_output(path: Path, args) -> None:
-    """Stop before training where a file would be replaced."""
+    """Stop where a file would be replaced."""
     check(args.overwrite or not path.exists(), f"{path}: exists; pass --overwrite to replace it")
 
 

@@ -499,13 +499,17 @@ def main():
         states.append(torch.from_numpy(data["observations"]).to(args.device))
         with torch.no_grad():
             labels.append(torch.cat([actor(part) for part in states[i].split(65_536)]))
+        if args.loss == "q" or args.weights in ("value", "q-ratio"):
+            text = f"--loss {args.loss} --weights {args.weights} needs"
+            check("critics" in teacher, f"{teacher_paths[i]}: has no critics, as {text}")
         if args.loss == "q":
             weights = teacher["critics"]
             critics.append({name: weight.to(args.device) for name, weight in weights.items()})
         log_std_bounds.append(teacher["sizes"]["log_std"])  # None of a deterministic teacher
-        teacher_returns.append(np.mean(teacher["returns"][task]))
+        mean = np.mean(teacher["returns"][task])
+        teacher_returns.append(mean)
         print(f"task {i}: {task}, {len(states[i])} states of {data_paths[i]},")
-        print(f"  teacher {teacher_paths[i]}, return {teacher_returns[i]:.1f}")
+        print(f"  teacher {teacher_paths[i]}, {teacher['level']}, return {mean:.1f}")
         teacher_obs = None
         if args.weights == "density":
             teacher_data = load_dataset(
@@ -537,7 +541,6 @@ def main():
 
     # run folder, resume
     run_dir = make_run_dir(args, f"{args.weights}-{args.loss}-{args.hidden}-{levels[0]}")
-    write_csv(run_dir / "weights.csv", weight_rows)
     start = 0
     rows = {  # of the CSV files
         "returns": [["step", "task", "episode", "return"]],
@@ -545,9 +548,9 @@ def main():
         "tau": [["step", "task", "other_task", "layer", "tau_a_mean", "tau_a_std"]],
     }
     if resume_point:
-        for name in ("states", "weights"):
+        for name in ("states", "weights", "teacher_data", "weight_steps", "gamma"):
             same = resume_point["args"][name] == getattr(args, name)
-            check(same, f"--resume: expected the same --{name}")
+            check(same, f"--resume: expected the same --{name.replace('_', '-')}")
         start = resume_point["step"]
         rows = resume_point["rows"]
         student.load_state_dict(resume_point["student"])
@@ -558,6 +561,7 @@ def main():
         torch.cuda.set_rng_state_all(random_states[1 : 1 + torch.cuda.device_count()])
 
     check(start < args.gradient_steps, f"--gradient-steps: expected more than the {start} made")
+    write_csv(run_dir / "weights.csv", weight_rows)
     writer = SummaryWriter(run_dir, purge_step=start + 1)
 
     def update() -> dict:
@@ -694,7 +698,7 @@ def parse_args():
     if args.resume:
         path = Path(args.resume).expanduser() / "resume.pt"
         resume_point = read_pt(path, f"resume point of {Path(__file__).name}")
-        default = Args(**resume_point["args"])
+        default = replace(Args(**resume_point["args"]), overwrite=False)
     args = tyro.cli(Args, description=__doc__, default=default)
     check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: found no CUDA device")
     check(args.device == "cuda" or not args.cuda_graph, "--cuda-graph: expected --device cuda")
@@ -726,7 +730,8 @@ def make_run_dir(args, name: str) -> Path:
     free = args.resume or args.overwrite or not any(run_dir.iterdir())
     check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
     if not args.resume:
-        (run_dir / "resume.pt").unlink(missing_ok=True)  # of a run that is overwritten
+        for path in run_dir.glob("*.pt"):  # of a run that is overwritten
+            path.unlink()
     return run_dir
 
 

@@ -154,7 +154,10 @@ rule behavior:
 
 rule data:
     input:
-        lambda w: behavior_of(w.task, w.level),
+        unless_made(
+            lambda w: {"policy": behavior_of(w.task, w.level)},
+            f"{WORK}/data/{{task}}-{{level}}-{{amount}}.npz",
+        ),
     output:
         f"{WORK}/data/{{task}}-{{level}}-{{amount}}.npz",
     log:
@@ -162,7 +165,7 @@ rule data:
     params:
         amount=lambda w: 2000 if SCALE == "tiny" else w.amount,
     shell:
-        "{PYTHON} {ROOT}/mop_td3_collect.py --policy {input} --output {output}"
+        "{PYTHON} {ROOT}/mop_td3_collect.py --policy {input.policy} --output {output}"
         " --num-transitions {params.amount} --overwrite --threads {threads} >> {log} 2>&1"
 
 

@@ -57,7 +57,7 @@ def final_return(path: Path, task: str) -> float | None:
 def over_seeds(folder: Path, task: str) -> list[float]:
     """The final return of each seed that has been run."""
     returns = []
-    for path in sorted(folder.glob("seed?.csv")):  # and not seed1-tau.csv
+    for path in sorted(folder.glob("seed*[0-9].csv")):  # and not seed1-tau.csv
         returns.append(final_return(path, task))
     return returns
 

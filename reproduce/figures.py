@@ -85,7 +85,7 @@ RETURN, NOTE = (
 def load(folder: Path) -> dict[str, dict[int, list[dict]]]:
     """FOLDER, FOLDER/tau, FOLDER/activations -> seed -> rows, with "y", the value."""
     data = defaultdict(dict)
-    for path in sorted(folder.rglob("*.csv")):
+    for path in sorted(folder.rglob("[!.]*.csv")):
         key = list(path.parent.relative_to(folder).parts)
         name = re.fullmatch(r"seed(\d+)(?:-(tau|activations))?", path.stem)
         kind = "returns"

@@ -75,8 +75,10 @@ def main():
             print(f"{states} states of {task}: {loss:.4g}")
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
+    temporary = path.with_name(f".{path.name}")
+    with open(temporary, "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
+    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -252,6 +252,14 @@ def test_teachers(run_main, inputs, changes, message):
     assert_stopped(run_main(distill, *STUDENT), message)
 
 
+def test_a_teacher_without_critics(run_main, inputs):
+    teacher = torch.load("t.pt", weights_only=True)
+    del teacher["critics"]
+    torch.save(teacher, "t.pt")
+    message = "t.pt: has no critics, as --loss q needs"
+    assert_stopped(run_main(distill, *STUDENT, "--loss", "q"), message)
+
+
 def test_files_that_are_no_checkpoints(run_main, inputs):
     path = Path("t.pt")
     message = "t.pt: expected a behavior or teacher, a .pt file"
@@ -327,7 +335,7 @@ def test_layouts_and_folders(run_main, monkeypatch, inputs, no_episodes, module)
         sizes = ["--run-dir", run_dir, "--gradient-steps", 2, "--overwrite"]
         assert isinstance(run_main(module, *RUNS[module], *sizes), str)
         monkeypatch.chdir(home / "elsewhere")
-        run_main(module, "--resume", f"../{run_dir}", "--gradient-steps", 4)
+        run_main(module, "--resume", f"../{run_dir}", "--overwrite", "--gradient-steps", 4)
         monkeypatch.chdir(home)
         end = torch.load(f"{run_dir}/resume.pt", weights_only=True)
         assert end["step"] == 4
@@ -358,6 +366,26 @@ def test_what_exists_is_not_replaced(run_main, inputs, no_episodes):
     assert not Path("run").exists()
 
 
+@pytest.mark.parametrize("module", [pbrl, ds, naive], ids=lambda module: module.__name__)
+def test_what_appears_during_a_training_is_not_replaced(
+    run_main, monkeypatch, inputs, no_episodes, module
+):
+    """Another run may have the same output; the run goes on from its resume point to another."""
+    run_episodes = module.run_episodes
+
+    def another_run_ends(*args, **kwargs):
+        Path("teacher.pt").write_bytes(b"precious")
+        return run_episodes(*args, **kwargs)
+
+    monkeypatch.setattr(module, "run_episodes", another_run_ends)
+    flags = ["--gradient-steps", 4, "--eval-every", 2, "--run-dir", "run"]
+    outcome = run_main(module, *RUNS[module], *flags)
+    assert_stopped(outcome, "teacher.pt: exists; pass --overwrite")
+    assert Path("teacher.pt").read_bytes() == b"precious"
+    assert isinstance(run_main(module, "--resume", "run", "--output", "other.pt"), str)
+    assert torch.load("other.pt", weights_only=True)["step"] == 4
+
+
 def test_run_folders(run_main, tmp_path, monkeypatch, inputs, no_episodes):
     """New or empty ones; others with --overwrite only. Each run has its own, ~ is the home."""
     Path("run").mkdir()
@@ -368,6 +396,12 @@ def test_run_folders(run_main, tmp_path, monkeypatch, inputs, no_episodes):
     assert_stopped(run_main(pbrl, *diverging, "--eval-every", 40), "step 40: ")
     assert not Path("run/resume.pt").exists()  # that of the run before is not this one's
     assert isinstance(run_main(pbrl, *TEACHER_RUN, "--overwrite"), str)
+
+    Path("run/student.pt").touch()
+    distill.make_run_dir(distill.Args(resume="run"), "name")
+    assert Path("run/student.pt").exists()
+    distill.make_run_dir(distill.Args(run_dir="run", overwrite=True), "name")
+    assert not Path("run/student.pt").exists()  # nor is that policy
 
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     run_dir = distill.make_run_dir(distill.Args(run_dir="~/x"), "name")
@@ -428,11 +462,13 @@ def test_a_run_without_steps_is_refused(run_main, inputs, module):
 
 # ---------------------------------------------------------------------------- killed and resumed
 def test_resume_points_of_another_run(run_main, inputs, no_episodes):
-    run_main(pbrl, *TEACHER_RUN)
+    run_main(pbrl, *TEACHER_RUN, "--overwrite")  # which is not for later
     assert_stopped(run_main(pbrl, "--resume", "run"), "teacher.pt: exists; pass --overwrite")
     message = "--gradient-steps: expected more than the 2 made"
     assert_stopped(run_main(pbrl, "--resume", "run", "--overwrite"), message)
     resume = ["--resume", "run", "--overwrite", "--gradient-steps", 4]
+    other = ["--task", "walker-walk", "--data", "w.npz"]
+    assert_stopped(run_main(pbrl, *resume, *other), "--resume: expected the same task")
     for flag, old, new in [("seed", 1, 2), ("scale", "thesis", "laptop"), ("run_dir", "run", "b")]:
         outcome = run_main(pbrl, *resume, f"--{flag}", new)
         assert_stopped(outcome, f"--resume: expected --{flag} {old}, as before")

@@ -1,5 +1,6 @@
 """The workflow in reproduce/: its grid dry, a chain at tiny scale, and what must not run twice."""
 
+import base64
 import csv
 import importlib
 import itertools
@@ -84,7 +85,9 @@ def rows(path) -> list[dict]:
 
 
 def test_the_whole_grid(tmp_path):
-    assert planned(tmp_path, scale="laptop") == GRID | {"cross": 3 * 1}
+    bundled = 2 * (2 + 1)  # tasks x (levels; Gaussian ones of medium), of seed 1
+    laptop = {"cross": 3 * 1, "bundled_teacher": bundled, "teacher": GRID["teacher"] - bundled}
+    assert planned(tmp_path, scale="laptop") == GRID | laptop
 
 
 def test_reweighted_students_and_what_they_are_compared_with(tmp_path):
@@ -96,7 +99,8 @@ def test_reweighted_students_and_what_they_are_compared_with(tmp_path):
 
 def test_students_stand_beside_their_teachers(tmp_path):
     for part, levels in (("fig58", 1), ("compression", 1), ("appendixE", 3)):
-        assert planned(tmp_path, part, scale="laptop")["teacher"] == 2 * levels  # tasks
+        jobs = planned(tmp_path, part, scale="laptop")
+        assert jobs.get("teacher", 0) + jobs["bundled_teacher"] == 2 * levels  # tasks
 
 
 def test_wider_students_and_their_losses(tmp_path):
@@ -127,6 +131,28 @@ def test_a_fresh_clone_runs_only_what_has_no_csv(tmp_path):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
     assert planned(tmp_path, "fig54", scale="laptop") == {"data": 2, "student": 1, "fig54": 1}
+
+
+def test_a_job_that_outlived_snakemake_is_done(tmp_path):
+    """Its files are there, though still marked as incomplete."""
+    name = "teacher/walker-stand-medium/seed1"
+    marks = tmp_path / ".snakemake/incomplete"
+    marks.mkdir(parents=True)
+    for path in (f"reproduce/work/tiny/{name}.pt", f"{TINY}/{name}.csv"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+        (marks / base64.b64encode(path.encode()).decode()).touch()
+    assert planned(tmp_path, f"{TINY}/{name}.csv", scale="tiny") == {}
+
+
+def test_a_bundled_teacher_is_that_of_seed_1(tmp_path):
+    path = "docs/results/laptop/teacher/walker-stand-medium/seed1.csv"
+    snakemake(tmp_path, path, scale="laptop")
+    bundled = torch.load(
+        ROOT / "pretrained/walker-stand-medium-teacher.pt", map_location="cpu", weights_only=True
+    )
+    returns = [float(row["return"]) for row in rows(tmp_path / path)]
+    np.testing.assert_allclose(returns, bundled["returns"]["walker-stand"], atol=0.005)
 
 
 def test_scripts_and_flags_of_one_actor_for_all_tasks(tmp_path):

@@ -101,6 +101,13 @@ def test_weights_by_value(log_std, monkeypatch, tmp_path):
         reweighted.state_weights(data, teacher, None, reweighted.Args(weights="value"), "cpu")
 
 
+def test_a_teacher_without_critics(run_main, no_episodes):
+    gaussian = ["--loss", "kl", "--weights", "value", "--device", "cpu"]  # the bundled ones
+    outcome = run_main(reweighted, *gaussian)
+    message = "teacher-gaussian.pt: has no critics, as --loss kl --weights value needs"
+    assert outcome[0] == 1 and message in outcome[1]
+
+
 def test_share_of_the_teacher():
     """Two of the episodes of 100 rows are in the teacher's own: 30 of a weight of 100."""
     timeouts = np.arange(1, 1001) % 100 == 0
@@ -134,8 +141,11 @@ def test_run(weights, run_main, no_episodes, tmp_path):
     out = run_main(reweighted, *tiny, "--gradient-steps", 10, "--run-dir", "whole")
     assert out.count("of the teacher's own episodes: 50.0% of the states") == 2
     run_main(reweighted, *tiny, "--gradient-steps", 5, "--run-dir", "parts")
-    outcome = run_main(reweighted, "--resume", "parts", "--states", "online")
-    assert outcome[0] == 1 and "--resume: expected the same --states" in outcome[1]
+    weights_before = Path("parts/weights.csv").read_text()
+    for flag, value in (("--states", "online"), ("--weight-steps", 30), ("--gamma", 0.5)):
+        outcome = run_main(reweighted, "--resume", "parts", flag, value)
+        assert outcome[0] == 1 and f"--resume: expected the same {flag}" in outcome[1]
+    assert Path("parts/weights.csv").read_text() == weights_before
     run_main(reweighted, "--resume", "parts", "--gradient-steps", 10)
     with open("whole/weights.csv") as file:
         rows = list(csv.DictReader(file))

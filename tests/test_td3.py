@@ -135,6 +135,9 @@ def test_resumed_at_its_last_step(run_main, monkeypatch, tmp_path):
     run_main(td3, *resume)
     steps = [load(f"checkpoints/toy-up-{x}-behavior.pt")["step"] for x in ("medium", "expert")]
     assert steps == [20, 40]
+    torch.save(load("run/resume.pt") | {"policies": {}}, "run/resume.pt")
+    code, text = run_main(td3, *resume, "--total-timesteps", 60)
+    assert code == 1 and "--medium-step: expected more than the 40 made" in text
 
 
 @pytest.fixture
