@@ -571,8 +571,8 @@ def make_run_dir(args, name: str) -> Path:
     free = args.resume or args.overwrite or not any(run_dir.iterdir())
     check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
     if not args.resume:
-        for path in run_dir.glob("*.pt"):  # of a run that is overwritten
-            path.unlink()
+        for name in ("resume.pt", "student.pt"):  # of a run that is overwritten
+            (run_dir / name).unlink(missing_ok=True)
     return run_dir
 
 
