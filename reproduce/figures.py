@@ -48,7 +48,9 @@ CLAIMS = {  # a CLAIM b holds if sign * (a - b - margin * |b|) > 0
     "falls short": (-1, -0.05),
     "not above": (-1, 0.05),
 }
-VERDICTS = "as the thesis", "against the thesis", "open", "one seed", "not run"
+WITHIN = {"within 5%": (0, 0.05), "within 0.1": (0.1, 0)}  # |a - b| < first + second * |b|
+VERDICTS = ["as the thesis", "against the thesis", "open"]
+VERDICTS += ["as the thesis (one seed)", "against the thesis (one seed)", "not run"]
 HEADER = ("a against b", "thesis: a .. b", "ours: a", "ours: b", "a - b", "verdict")
 WITHOUT_CLONING = "behavior", "teacher-plain", "naive-plain", "frozen-plain"
 SCALES = "laptop", "thesis"
@@ -186,6 +188,14 @@ def describe(x) -> str:
     return f"{text(mean, half, mean)} ({len(x)} seed{'s' * (len(x) > 1)})"
 
 
+def verdict_of(surplus: float, half: float) -> str:
+    """Of a claim that holds if the surplus is positive; half its interval, nan of one seed."""
+    if abs(surplus) <= half:
+        return "open"
+    verdict = "as the thesis" if surplus > 0 else "against the thesis"
+    return f"{verdict} (one seed)" if np.isnan(half) else verdict
+
+
 def finding(data, what, quantity_a, claim, quantity_b) -> list[str]:
     """A row of a table: a, b, their difference, and whether the thesis's claim holds."""
     a, b = final(data, quantity_a), final(data, quantity_b)
@@ -203,16 +213,13 @@ def finding(data, what, quantity_a, claim, quantity_b) -> list[str]:
         difference, half = interval([a[seed] - b[seed] for seed in a if seed in b])
     else:
         difference, half = interval(a.values(), b if np.isscalar(b) else b.values())
-    sign, margin = CLAIMS.get(claim, (1, 0))
-    surplus = sign * (difference - margin * abs(size))
-    if claim == "equals":
-        verdict = VERDICTS[abs(difference) > half]
-    elif claim in CLAIMS:
-        verdict = VERDICTS[2 if abs(surplus) <= half else surplus <= 0]
-    else:
-        verdict = "-"
-    if np.isnan(half) and verdict != "-":
-        verdict = "one seed" if claim == "equals" else f"one seed, {verdict}"
+    verdict = "-"
+    if claim in CLAIMS:
+        sign, margin = CLAIMS[claim]
+        verdict = verdict_of(sign * (difference - margin * abs(size)), half)
+    if claim in WITHIN:
+        absolute, relative = WITHIN[claim]
+        verdict = verdict_of(absolute + relative * abs(size) - abs(difference), half)
     return [*row, text(difference, half, size, "+"), verdict]
 
 
@@ -593,12 +600,9 @@ def picture(path: str, scale: str, name: str, recipes) -> str:
 
 
 def count(rows: list[Finding]) -> str:
-    """as the thesis, if all are; else 3 as the thesis, 1 open."""
+    """3 as the thesis; 1 open."""
     counts = Counter(row.verdict for row in rows if row.verdict != "-")
-    if len(counts) == 1:
-        return rows[0].verdict
-    ordered = sorted(counts, key=lambda verdict: VERDICTS.index(verdict.split(",")[0]))
-    return "; ".join(f"{counts[verdict]} {verdict}" for verdict in ordered)
+    return "; ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
 
 
 def glance(scale: str, rows: dict[str, list[Finding]]) -> str:
@@ -623,8 +627,8 @@ def glance(scale: str, rows: dict[str, list[Finding]]) -> str:
         if has_recipes:
             line.append(", ".join(sorted({row.recipe for row in found if row.recipe})))
         lines.append(line)
-    tested = [row for found in claims.values() for row in found]
-    total = f"{len(tested)} comparisons at {scale} scale: {count(tested)}."
+    tested = {tuple(row.cells): row for found in claims.values() for row in found}  # each once
+    total = f"{len(tested)} comparisons at {scale} scale: {count(tested.values())}."
     return f"{markdown_table(header, lines)}\n\n{total}"
 
 
