@@ -77,7 +77,7 @@ class Args:
     tasks: tuple[str, ...] = ("walker-stand", "walker-walk")
     """tasks of the dm_control suite, DOMAIN-TASK; the position is the task id"""
     seed: int = 1
-    """seed of the weights, the batches and the noise"""
+    """seed of the weights and the batches"""
     scale: Literal["thesis", "laptop"] = "thesis"
     """the defaults of the other flags: the thesis's, as below, or for one CPU core (LAPTOP)"""
     run_dir: str | None = None
@@ -97,8 +97,8 @@ class Args:
     level: tuple[Literal["medium", "expert", "medium-replay"], ...] = ("medium",)
     """level of the behaviour that made the data: one, or one per task"""
     states: Literal["offline", "shared", "online"] = "offline"
-    """states of data/<task>-<level>.npz; shared: of all tasks for each teacher, those of mop_ds.py,
-    checkpoints/<task>-<level>-ds-teacher.pt; online: of the teachers' episodes,
+    """offline: of data/<task>-<level>.npz; shared: of all tasks for each teacher, then those of
+    mop_ds.py, checkpoints/<task>-<level>-ds-teacher.pt; online: of the teachers' own episodes,
     data/<teacher>-online.npz"""
     data: tuple[str, ...] = ()
     """dataset files, one per task, instead of those that --states names"""
@@ -137,7 +137,7 @@ class Args:
 
 # ------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
-    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or a Gaussian's means, log stds."""
+    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or means and scaled log stds."""
 
     def __init__(self, in_dim: int, out_dim: int, hidden: int):
         super().__init__()
@@ -313,15 +313,15 @@ def main():
 
     # files
     names = [f"{task}-{level}" for task, level in zip(args.tasks, levels, strict=True)]
-    kind = "teacher-gaussian" if args.loss == "kl" else "teacher"
+    suffix = "teacher-gaussian" if args.loss == "kl" else "teacher"
     if args.states == "shared":
-        kind = "ds-teacher"
-    teacher_paths = args.teachers or [find_file(f"checkpoints/{x}-{kind}.pt") for x in names]
+        suffix = "ds-teacher"
+    teacher_paths = args.teachers or [find_file(f"checkpoints/{n}-{suffix}.pt") for n in names]
     check(len(teacher_paths) == num_tasks, "--teachers: expected one file per task")
     data_names = names
     if args.states == "online":
         data_names = [f"{Path(path).stem}-online" for path in teacher_paths]
-    data_paths = args.data or [find_file(f"data/{x}.npz") for x in data_names]
+    data_paths = args.data or [find_file(f"data/{name}.npz") for name in data_names]
     check(len(data_paths) == num_tasks, "--data: expected one file per task")
 
     # states, and what the frozen teachers say about them
@@ -514,19 +514,21 @@ def parse_args():
     args = tyro.cli(Args, description=__doc__)  # a first time, to know the defaults of the second
     default = Args()
     resume_point = None
-    if args.scale == "laptop":
-        default = replace(default, scale="laptop", **LAPTOP)
     if args.resume:
         path = Path(args.resume).expanduser() / "resume.pt"
         resume_point = read_pt(path, f"resume point of {Path(__file__).name}")
         default = replace(Args(**resume_point["args"]), overwrite=False)
+    elif args.scale == "laptop":
+        default = replace(default, scale="laptop", **LAPTOP)
     args = tyro.cli(Args, description=__doc__, default=default)
     check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: found no CUDA device")
     check(args.device == "cuda" or not args.cuda_graph, "--cuda-graph: expected --device cuda")
-    for name in ("device", "seed", "scale", "run_dir"):
-        old = getattr(default, name)
-        same = getattr(args, name) == old or not args.resume
-        check(same, f"--resume: expected --{name} {old}, as before")
+    fewest = min(args.eval_every, args.eval_episodes, args.final_eval_episodes)
+    check(fewest > 0, "--eval-every, --eval-episodes, --final-eval-episodes: expected 1 or more")
+    if args.resume:
+        for name in ("device", "seed", "scale", "run_dir"):
+            old = getattr(default, name)
+            check(getattr(args, name) == old, f"--resume: expected --{name} {old}, as before")
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
     return args, resume_point
@@ -544,15 +546,18 @@ def find_file(path: str) -> str:
 
 
 def make_run_dir(args, name: str) -> Path:
-    """The run's folder, a new or an empty one unless it is resumed or overwritten."""
+    """The run's folder, a new or an empty one unless it is resumed or overwritten.
+
+    One that is overwritten loses what its run left.
+    """
     default = f"runs/{Path(__file__).stem}-{name}-seed{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.resume or args.run_dir or default).expanduser()
     run_dir.mkdir(parents=True, exist_ok=True)
     free = args.resume or args.overwrite or not any(run_dir.iterdir())
     check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
     if not args.resume:
-        for name in ("resume.pt", "student.pt"):  # of a run that is overwritten
-            (run_dir / name).unlink(missing_ok=True)
+        for file in ("resume.pt", "student.pt", "returns.csv", "losses.csv", "tau.csv"):
+            (run_dir / file).unlink(missing_ok=True)
     return run_dir
 
 
@@ -644,8 +649,8 @@ def load_observations(path, task: str, level: str, obs_dim: int) -> Tensor:
     expected = (task, level, SCHEMA_VERSION)
     check(found == expected, f"{path}: expected (task, level, schema) {expected}, found {found}")
     fits = obs.shape == (len(obs), obs_dim) and obs.dtype.kind == "f"
-    expected = f"expected floats (N, {obs_dim})"
-    check(fits, f"{path}: observations: {expected}, found {obs.dtype} {obs.shape}")
+    found = f"{obs.dtype} {obs.shape}"
+    check(fits, f"{path}: observations: expected floats (N, {obs_dim}), found {found}")
     obs = np.ascontiguousarray(obs, np.float32)
     check(np.isfinite(obs).all(), f"{path}: observations: found NaN or infinite values")
     return torch.from_numpy(obs)

@@ -301,7 +301,7 @@ def split_episodes(ends: np.ndarray, max_states: int, rng) -> tuple[np.ndarray, 
 
 
 def logistic_loss(net: nn.Module, obs_a: Tensor, obs_b: Tensor) -> Tensor:
-    """Cross-entropy of the logits of states of A and of B, which weigh the same. (n, d) -> ()."""
+    """Mean cross-entropy on states of A, plus that on states of B. (n, d), (n, d) -> ()."""
     return F.softplus(-net(obs_a)).mean() + F.softplus(net(obs_b)).mean()
 
 
@@ -415,6 +415,9 @@ def main():
         "nothing to measure: pass --student, --teachers or --shift",
     )
 
+    check(args.seed >= 0, "--seed: expected 0 or more")
+    check(args.num_states > 3, "--num-states: expected 4 or more, as CKA needs")
+
     # files
     if args.student:
         checkpoint = read_pt(args.student, "student", "naive")
@@ -472,8 +475,8 @@ def main():
                 f" average tau-a {average['tau_a']:.3f}, tau-b {average['tau_b']:.3f};"
                 f" CKA {row['cka']:.3f}"
             )
-        plot_activations(run_dir / "activations.png", report, ascending=False)
-        plot_activations(run_dir / "activations_sorted.png", report, ascending=True)
+        plot_activations(run_dir / "activations.png", report, sort=False)
+        plot_activations(run_dir / "activations_sorted.png", report, sort=True)
         print(f"wrote activations.png and activations_sorted.png in {run_dir}")
 
     # every policy under the reward of every task
@@ -675,17 +678,17 @@ def load_actor(checkpoint: dict) -> Actor:
     return actor.requires_grad_(False)
 
 
-def plot_activations(path: Path, report: dict, ascending: bool) -> None:
+def plot_activations(path: Path, report: dict, sort: bool) -> None:
     """Fig. 6.3: mean activation per neuron and layer, a line per task.
 
-    ascending: each layer's neurons in the order of their mean in the first task.
+    sort: show each layer's neurons in the order of their mean in the first task.
     """
     figure = Figure(figsize=(9, 6), layout="constrained")
     tasks = list(report["mean_activations"])
     means = np.array(list(report["mean_activations"].values()))  # (task, layer, neuron)
     for layer, axes in enumerate(figure.subplots(2, 1)):
         neurons = np.arange(means.shape[2])
-        if ascending:
+        if sort:
             neurons = np.argsort(means[0, layer], kind="stable")
         for i in reversed(range(len(tasks))):  # the first task's line on top
             label = f"{tasks[i]} (id {i})"
@@ -699,7 +702,7 @@ def plot_activations(path: Path, report: dict, ascending: bool) -> None:
         axes.set_title(title, fontsize=11)
         axes.set_ylabel("mean activation")
         axes.grid(alpha=0.3)
-    axes.set_xlabel(f"neuron, by its mean activation in {tasks[0]}" if ascending else "neuron")
+    axes.set_xlabel(f"neuron, by its mean activation in {tasks[0]}" if sort else "neuron")
     figure.legend(handles=axes.lines[::-1], loc="outside upper center", ncols=len(tasks))
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png", dpi=120)

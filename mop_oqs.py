@@ -69,7 +69,7 @@ class Args:
     tasks: tuple[str, ...] = ("walker-stand", "walker-walk")
     """tasks of the dm_control suite, DOMAIN-TASK; the position is the task id"""
     seed: int = 1
-    """seed of the weights, the batches and the noise"""
+    """seed of the weights and the batches"""
     scale: Literal["thesis", "laptop"] = "thesis"
     """the defaults of the other flags: the thesis's, as below, or for one CPU core (LAPTOP)"""
     run_dir: str | None = None
@@ -118,7 +118,7 @@ class Args:
 
 # ------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
-    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or a Gaussian's means, log stds."""
+    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or means and scaled log stds."""
 
     def __init__(self, in_dim: int, out_dim: int, hidden: int):
         super().__init__()
@@ -194,14 +194,14 @@ def main():
 
     # files
     names = [f"{task}-{level}" for task, level in zip(args.tasks, levels, strict=True)]
-    data_paths = args.data or [find_file(f"data/{x}.npz") for x in names]
+    data_paths = args.data or [find_file(f"data/{name}.npz") for name in names]
     check(len(data_paths) == num_tasks, "--data: expected one file per task")
     teacher_paths = list(args.teachers)  # of all pairs of tasks
     if not teacher_paths:
         for i, task in enumerate(args.tasks):
-            for j, source in enumerate(names):
-                name = f"{source}-teacher" if i == j else f"{task}-from-{source}-teacher"
-                teacher_paths.append(find_file(f"checkpoints/{name}.pt"))
+            for j, data_name in enumerate(names):
+                name = data_name if i == j else f"{task}-from-{data_name}"
+                teacher_paths.append(find_file(f"checkpoints/{name}-teacher.pt"))
     check(len(teacher_paths) == num_tasks**2, f"--teachers: expected {num_tasks**2} files")
 
     # states, and what the frozen teachers say about them
@@ -223,6 +223,7 @@ def main():
             found = teacher.get("data_tasks", teacher["tasks"])  # without it: of its own task
             check(found == [source], f"{path}: expected a teacher from {source}, found {found}")
             check(not teacher["sizes"]["log_std"], f"{path}: found a Gaussian teacher")
+            check("critics" in teacher, f"{path}: has no critics, as the switch needs")
             critics = {name: weight.to(args.device) for name, weight in teacher["critics"].items()}
             teachers.append((load_actor(teacher).to(args.device), critics))
             mean = np.mean(teacher["returns"][task])
@@ -238,7 +239,7 @@ def main():
             for j, source in enumerate(args.tasks):
                 shares[f"from {source}"] = (part == j).float().mean().item()
             switch[task][state_task] = shares
-            text = ", ".join(f"{share:.1%} {label}" for label, share in shares.items())
+            text = ", ".join(f"{share:.1%} {winner}" for winner, share in shares.items())
             print(f"switch: {task}, on the states of {state_task}: {text}")
 
     # student
@@ -370,19 +371,21 @@ def parse_args():
     args = tyro.cli(Args, description=__doc__)  # a first time, to know the defaults of the second
     default = Args()
     resume_point = None
-    if args.scale == "laptop":
-        default = replace(default, scale="laptop", **LAPTOP)
     if args.resume:
         path = Path(args.resume).expanduser() / "resume.pt"
         resume_point = read_pt(path, f"resume point of {Path(__file__).name}")
         default = replace(Args(**resume_point["args"]), overwrite=False)
+    elif args.scale == "laptop":
+        default = replace(default, scale="laptop", **LAPTOP)
     args = tyro.cli(Args, description=__doc__, default=default)
     check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: found no CUDA device")
     check(args.device == "cuda" or not args.cuda_graph, "--cuda-graph: expected --device cuda")
-    for name in ("device", "seed", "scale", "run_dir"):
-        old = getattr(default, name)
-        same = getattr(args, name) == old or not args.resume
-        check(same, f"--resume: expected --{name} {old}, as before")
+    fewest = min(args.eval_every, args.eval_episodes, args.final_eval_episodes)
+    check(fewest > 0, "--eval-every, --eval-episodes, --final-eval-episodes: expected 1 or more")
+    if args.resume:
+        for name in ("device", "seed", "scale", "run_dir"):
+            old = getattr(default, name)
+            check(getattr(args, name) == old, f"--resume: expected --{name} {old}, as before")
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
     return args, resume_point
@@ -400,15 +403,18 @@ def find_file(path: str) -> str:
 
 
 def make_run_dir(args, name: str) -> Path:
-    """The run's folder, a new or an empty one unless it is resumed or overwritten."""
+    """The run's folder, a new or an empty one unless it is resumed or overwritten.
+
+    One that is overwritten loses what its run left.
+    """
     default = f"runs/{Path(__file__).stem}-{name}-seed{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.resume or args.run_dir or default).expanduser()
     run_dir.mkdir(parents=True, exist_ok=True)
     free = args.resume or args.overwrite or not any(run_dir.iterdir())
     check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
     if not args.resume:
-        for name in ("resume.pt", "student.pt"):  # of a run that is overwritten
-            (run_dir / name).unlink(missing_ok=True)
+        for file in ("resume.pt", "student.pt", "returns.csv", "losses.csv", "tau.csv"):
+            (run_dir / file).unlink(missing_ok=True)
     return run_dir
 
 
@@ -500,8 +506,8 @@ def load_observations(path, task: str, level: str, obs_dim: int) -> Tensor:
     expected = (task, level, SCHEMA_VERSION)
     check(found == expected, f"{path}: expected (task, level, schema) {expected}, found {found}")
     fits = obs.shape == (len(obs), obs_dim) and obs.dtype.kind == "f"
-    expected = f"expected floats (N, {obs_dim})"
-    check(fits, f"{path}: observations: {expected}, found {obs.dtype} {obs.shape}")
+    found = f"{obs.dtype} {obs.shape}"
+    check(fits, f"{path}: observations: expected floats (N, {obs_dim}), found {found}")
     obs = np.ascontiguousarray(obs, np.float32)
     check(np.isfinite(obs).all(), f"{path}: observations: found NaN or infinite values")
     return torch.from_numpy(obs)

@@ -159,7 +159,7 @@ class Args:
     beta_ood_decay: float = 0.99995
     """factor of beta_ood per step"""
     anneal: float = 0.0
-    """share of a teacher's updates, the last, in which its learning rate falls linearly to 0"""
+    """share of the updates, at their end, in which the learning rate falls linearly to 0"""
     bc_coef: float = 0.0
     """weight of behaviour cloning in the actor's loss, not in the thesis (docs/pretrained.md)"""
     bc_temperature: float = 0.05
@@ -178,7 +178,7 @@ class Args:
 
 # ------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
-    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or a Gaussian's means, log stds."""
+    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or means and scaled log stds."""
 
     def __init__(self, in_dim: int, out_dim: int, hidden: int):
         super().__init__()
@@ -285,8 +285,8 @@ def cloning_weights(rewards: Tensor, ends: Tensor, temperature: float) -> Tensor
 
     w ~ exp((min(R, R_90) - R_90) / (temperature |R_90|)), of mean 1, where R_90 is the 90% quantile
     of the returns; ends: the last transitions of the episodes, (N,). After Hong et al. 2023 (arXiv
-    2306.13085), who draw transitions so, with R_max, and divide by R_max - R_min; then a few lucky
-    episodes count most, and those with the hardest starts nothing.
+    2306.13085), who draw transitions so, with R_max for R_90 and R_max - R_min for |R_90|. With
+    these, a few lucky episodes count most, and those with the hardest starts nothing.
     """
     episode = ends.cumsum(dim=0) - ends.long()  # number of the episode of each transition
     returns = torch.bincount(episode, rewards.double())
@@ -345,23 +345,25 @@ def main():
     obs_dim, action_dim = task_sizes(args.task)
 
     # data and outputs
-    path = args.data or find_file(f"data/{args.task}-{args.level}.npz")
-    data = load_dataset(path, args.task, args.level, obs_dim, action_dim)
+    data_path = args.data or find_file(f"data/{args.task}-{args.level}.npz")
+    data = load_dataset(data_path, args.task, args.level, obs_dim, action_dim)
     del data["physics"]  # which only data sharing needs
     transitions = {name: torch.from_numpy(array).to(args.device) for name, array in data.items()}
-    ends = transitions["terminals"] | transitions.pop("timeouts")
+    ends = transitions["terminals"] | transitions["timeouts"]
+    del transitions["timeouts"]  # which no update reads
     rewards = transitions["rewards"]
     transitions["cloning_weights"] = cloning_weights(rewards, ends, args.bc_temperature)
     num_transitions = len(rewards)
     data_return = rewards.sum().item() / ends.sum().item()
-    print(f"{path}: {num_transitions} transitions, return {data_return:.1f}")
+    print(f"{data_path}: {num_transitions} transitions, return {data_return:.1f}")
     suffix = "teacher" if args.actor == "deterministic" else f"teacher-{args.actor}"
     output = Path(args.output or f"checkpoints/{args.task}-{args.level}-{suffix}.pt").expanduser()
     check_output(output, args)
     run_dir = make_run_dir(args, output.stem)
 
     # networks
-    seed_text = f"{args.seed} teacher {args.task} from {args.task}"  # in mop_ds.py from others
+    # the name of the random stream; in mop_ds.py the data are of other tasks, too
+    seed_text = f"{args.seed} teacher {args.task} from {args.task}"
     if args.common_seed:
         seed_text = f"{args.seed}"
     torch.manual_seed(zlib.crc32(seed_text.encode()))
@@ -394,7 +396,9 @@ def main():
         "losses": [["step", "metric", "value"]],
     }
     if resume_point:
-        check(resume_point["args"]["task"] == args.task, "--resume: expected the same task")
+        for name in ("task", "common_seed", "actor"):
+            same = resume_point["args"][name] == getattr(args, name)
+            check(same, f"--resume: expected the same --{name.replace('_', '-')}")
         start = resume_point["step"]
         rows = resume_point["rows"]
         for name, part in trained.items():
@@ -495,7 +499,7 @@ def main():
         if evaluate:
             for name in rows:
                 write_csv(run_dir / f"{name}.csv", rows[name])
-            files = {"data": os.path.abspath(path), "output": os.path.abspath(output)}
+            files = {"data": os.path.abspath(data_path), "output": os.path.abspath(output)}
             resume_point = {
                 "kind": f"resume point of {Path(__file__).name}",
                 "args": vars(replace(args, **files)),
@@ -519,19 +523,21 @@ def parse_args():
     args = tyro.cli(Args, description=__doc__)  # a first time, to know the defaults of the second
     default = Args()
     resume_point = None
-    if args.scale == "laptop":
-        default = replace(default, scale="laptop", **LAPTOP)
     if args.resume:
         path = Path(args.resume).expanduser() / "resume.pt"
         resume_point = read_pt(path, f"resume point of {Path(__file__).name}")
         default = replace(Args(**resume_point["args"]), overwrite=False)
+    elif args.scale == "laptop":
+        default = replace(default, scale="laptop", **LAPTOP)
     args = tyro.cli(Args, description=__doc__, default=default)
     check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: found no CUDA device")
     check(args.device == "cuda" or not args.cuda_graph, "--cuda-graph: expected --device cuda")
-    for name in ("device", "seed", "scale", "run_dir"):
-        old = getattr(default, name)
-        same = getattr(args, name) == old or not args.resume
-        check(same, f"--resume: expected --{name} {old}, as before")
+    fewest = min(args.eval_every, args.eval_episodes, args.final_eval_episodes)
+    check(fewest > 0, "--eval-every, --eval-episodes, --final-eval-episodes: expected 1 or more")
+    if args.resume:
+        for name in ("device", "seed", "scale", "run_dir"):
+            old = getattr(default, name)
+            check(getattr(args, name) == old, f"--resume: expected --{name} {old}, as before")
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
     return args, resume_point
@@ -549,15 +555,18 @@ def find_file(path: str) -> str:
 
 
 def make_run_dir(args, name: str) -> Path:
-    """The run's folder, a new or an empty one unless it is resumed or overwritten."""
+    """The run's folder, a new or an empty one unless it is resumed or overwritten.
+
+    One that is overwritten loses what its run left.
+    """
     default = f"runs/{Path(__file__).stem}-{name}-seed{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.resume or args.run_dir or default).expanduser()
     run_dir.mkdir(parents=True, exist_ok=True)
     free = args.resume or args.overwrite or not any(run_dir.iterdir())
     check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
     if not args.resume:
-        for name in ("resume.pt", "student.pt"):  # of a run that is overwritten
-            (run_dir / name).unlink(missing_ok=True)
+        for file in ("resume.pt", "student.pt", "returns.csv", "losses.csv", "tau.csv"):
+            (run_dir / file).unlink(missing_ok=True)
     return run_dir
 
 

@@ -70,7 +70,7 @@ DATASET = {  # arrays of a dataset and their types
     "physics": "float64",
 }
 EVAL_SEEDS = range(2**31, 2**32)  # of the evaluation's episodes; all others' seeds are lower
-PLAIN_ONE_IN = {"online": 1, "noise": 10, "random90": 10, "random99": 100}  # --mix: see Args
+PLAIN_ONE_IN = {"online": 1, "noise": 10, "random90": 10, "random99": 100}  # one episode in so many
 LAPTOP = {  # defaults with --scale laptop
     "hidden": 256,
     "batch_size": 128,
@@ -238,7 +238,7 @@ def train(args, resume_point) -> None:
     """TD3 on one task, then checkpoints of the medium and the expert behaviour, and datasets."""
     obs_dim, action_dim = task_sizes(args.task)
     env = make_env(args.task)
-    length = int(env._step_limit)
+    length = math.ceil(env._step_limit)
     # evaluation may use the same environment, so it has to fall between two episodes
     fits = args.eval_every % length == 0 and args.total_timesteps % length == 0
     check(fits, f"--eval-every, --total-timesteps: expected multiples of the episode's {length}")
@@ -246,12 +246,14 @@ def train(args, resume_point) -> None:
         fits = args.medium_step in range(args.eval_every, args.total_timesteps + 1, args.eval_every)
         text = f"a multiple of {args.eval_every} up to {args.total_timesteps}, or a --medium-return"
         check(fits, f"--medium-step: expected {text}")
-    outputs = {}
+    checkpoint_paths = {}
     for level in ("medium", "expert"):
-        outputs[f"{level} behavior"] = Path(f"checkpoints/{args.task}-{level}-behavior.pt")
+        checkpoint_paths[level] = Path(f"checkpoints/{args.task}-{level}-behavior.pt")
+    data_paths = {}
     for level in args.datasets:
-        outputs[level] = Path(f"data/{args.task}-{level}.npz")
-    for path in outputs.values():
+        data_paths[level] = Path(f"data/{args.task}-{level}.npz")
+    outputs = [*checkpoint_paths.values(), *data_paths.values()]
+    for path in outputs:
         check_output(path, args)
     run_dir = make_run_dir(args, args.task)
 
@@ -284,21 +286,21 @@ def train(args, resume_point) -> None:
         "returns": [["step", "task", "episode", "return"]],
         "losses": [["step", "metric", "value"]],
     }
-    policies = {}  # level -> step and weights of that behaviour
+    behaviors = {}  # level -> step and weights of that behaviour
     if resume_point:
         stored = resume_point["args"]
-        check(stored["task"] == args.task, "--resume: expected the same task")
+        check(stored["task"] == args.task, "--resume: expected the same --task")
         start = resume_point["step"]
         check(start <= args.total_timesteps, f"--total-timesteps: {start} are already made")
         rows = resume_point["rows"]
-        policies = resume_point["policies"]
+        behaviors = resume_point["policies"]
         for name in ("medium_step", "medium_return"):
-            fits = getattr(args, name) == stored[name] or "medium" not in policies
+            fits = getattr(args, name) == stored[name] or "medium" not in behaviors
             check(fits, f"--{name}: expected {stored[name]}, as this run has its medium policy")
-        if args.medium_return is None and "medium" not in policies:
+        if args.medium_return is None and "medium" not in behaviors:
             check(args.medium_step > start, f"--medium-step: expected more than the {start} made")
-        replay[:start] = resume_point["replay"].to(args.device)
-        physics[:start] = resume_point["physics"]
+        replay[:start] = resume_point.pop("replay")  # the largest parts: freed once they are copied
+        physics[:start] = resume_point.pop("physics")
         for name, part in trained.items():
             part.load_state_dict(resume_point[name])
         for optimizer in (actor_optimizer, critic_optimizer):
@@ -388,8 +390,8 @@ def train(args, resume_point) -> None:
                 is_medium = step == args.medium_step
             else:
                 is_medium = np.mean(returns) >= args.medium_return
-            if is_medium and "medium" not in policies:
-                policies["medium"] = {"step": step, "actor": deepcopy(actor.state_dict())}
+            if is_medium and "medium" not in behaviors:
+                behaviors["medium"] = {"step": step, "actor": deepcopy(actor.state_dict())}
             for name in rows:
                 write_csv(run_dir / f"{name}.csv", rows[name])
             resume_point = {
@@ -397,7 +399,7 @@ def train(args, resume_point) -> None:
                 "args": vars(args),
                 "step": step,
                 "rows": rows,
-                "policies": policies,
+                "policies": behaviors,
                 "replay": replay[:step].clone(),  # of a view torch saves the whole
                 "physics": physics[:step].clone(),
                 "random_states": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
@@ -407,24 +409,24 @@ def train(args, resume_point) -> None:
             save(run_dir / "resume.pt", resume_point)
     writer.close()
     print(f"wrote returns.csv and losses.csv in {run_dir}")
-    policies["expert"] = {"step": args.total_timesteps, "actor": deepcopy(actor.state_dict())}
+    behaviors["expert"] = {"step": args.total_timesteps, "actor": deepcopy(actor.state_dict())}
 
     # checkpoints and their datasets
-    for path in outputs.values():  # another run may have written them
+    for path in outputs:  # another run may have written them
         check_output(path, args)
-    for level, policy in policies.items():
-        actor.load_state_dict(policy["actor"])
+    for level, behavior in behaviors.items():
+        actor.load_state_dict(behavior["actor"])
         seeds = EVAL_SEEDS[: args.final_eval_episodes]
         episodes = run_episodes(actor, args.task, seeds, args.threads)
         returns = [float(episode["rewards"].sum()) for episode in episodes]
-        print(f"{level}, step {policy['step']}: {np.mean(returns):.1f} +- {np.std(returns):.1f}")
+        print(f"{level}, step {behavior['step']}: {np.mean(returns):.1f} +- {np.std(returns):.1f}")
         checkpoint = {
             "schema_version": SCHEMA_VERSION,
             "kind": "behavior",
             "tasks": [args.task],
             "level": level,
             "args": vars(args),
-            "step": policy["step"],
+            "step": behavior["step"],
             "sizes": {
                 "in_dim": obs_dim,
                 "action_dim": action_dim,
@@ -432,16 +434,16 @@ def train(args, resume_point) -> None:
                 "layer_norm": True,
             },
             "returns": {args.task: returns},
-            "actor": policy["actor"],
+            "actor": behavior["actor"],
             "versions": VERSIONS,
         }
-        path = outputs[f"{level} behavior"]
+        path = checkpoint_paths[level]
         save(path, checkpoint)
         print(f"wrote {path}")
         if level in args.datasets:
-            collect(path, "online", outputs[level], args)
-    if "medium-replay" in args.datasets and "medium" in policies:
-        num_rows = policies["medium"]["step"]
+            collect(path, "online", data_paths[level], args)
+    if "medium-replay" in args.datasets and "medium" in behaviors:
+        num_rows = behaviors["medium"]["step"]
         parts = replay[:num_rows].cpu().split(columns, dim=1)
         data = {
             "observations": parts[0].numpy(),
@@ -453,18 +455,18 @@ def train(args, resume_point) -> None:
             "physics": physics[:num_rows].numpy(),
         }
         source = {"level": "medium-replay", "mix": "training", "policy": None}
-        save_dataset(outputs["medium-replay"], data, args.task, source, args)
-    check("medium" in policies, "no medium policy: its --medium-step or -return was not reached")
+        save_dataset(data_paths["medium-replay"], data, args.task, source, args)
+    check("medium" in behaviors, "no medium policy: no evaluation reached --medium-return")
 
 
 # ----------------------------------------------------------------------------------- collecting
 def collect(policy_path, mix: str, path: Path, args) -> None:
-    """A dataset of whole episodes by a checkpoint's policy, the first ones plain, then mixed."""
+    """A dataset by a checkpoint's policy: episodes by it alone, then those of --mix."""
     checkpoint = read_pt(policy_path, "behavior", "teacher")
     actor = load_actor(checkpoint)
     task = checkpoint["tasks"][0]
     level = checkpoint["level"]
-    length = int(make_env(task)._step_limit)
+    length = math.ceil(make_env(task)._step_limit)
     one_in = PLAIN_ONE_IN[mix]
     fits = one_in == 1 or args.num_transitions % (one_in * length) == 0
     check(fits, f"--num-transitions: --mix {mix} takes a multiple of {one_in * length}")
@@ -483,7 +485,7 @@ def collect(policy_path, mix: str, path: Path, args) -> None:
     for name in episodes[0]:
         data[name] = np.concatenate([episode[name] for episode in episodes])
     whole = len(data["rewards"]) == num_episodes * length
-    check(whole, f"{policy_path}: an episode ended early, in an unstable physics state")
+    check(whole, f"{policy_path}: expected episodes of {length} steps; the physics may be unstable")
     for name, array in data.items():
         data[name] = array[: args.num_transitions]
     data["timeouts"][-1] = True  # where the last episode is cut short
@@ -522,8 +524,8 @@ def main():
     args, resume_point = parse_args()
     check(args.seed >= 0, "--seed: expected 0 or more")
     if args.policy is None:
-        plain = args.mix == "online" and args.output is None
-        check(plain, "--mix, --output: expected --policy, whose episodes they are for")
+        neither = args.mix == "online" and args.output is None
+        check(neither, "--mix, --output: expected --policy, whose episodes they are for")
         train(args, resume_point)
     else:
         check(args.resume is None, "--resume: expected no --policy, which is not trained")
@@ -545,34 +547,39 @@ def parse_args():
     args = tyro.cli(Args, description=__doc__)  # a first time, to know the defaults of the second
     default = Args()
     resume_point = None
-    if args.scale == "laptop":
-        default = replace(default, scale="laptop", **LAPTOP)
     if args.resume:
         path = Path(args.resume).expanduser() / "resume.pt"
         resume_point = read_pt(path, f"resume point of {Path(__file__).name}")
         default = replace(Args(**resume_point["args"]), overwrite=False)
+    elif args.scale == "laptop":
+        default = replace(default, scale="laptop", **LAPTOP)
     args = tyro.cli(Args, description=__doc__, default=default)
     check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: found no CUDA device")
     check(args.device == "cuda" or not args.cuda_graph, "--cuda-graph: expected --device cuda")
-    for name in ("device", "seed", "scale", "run_dir"):
-        old = getattr(default, name)
-        same = getattr(args, name) == old or not args.resume
-        check(same, f"--resume: expected --{name} {old}, as before")
+    fewest = min(args.eval_every, args.eval_episodes, args.final_eval_episodes)
+    check(fewest > 0, "--eval-every, --eval-episodes, --final-eval-episodes: expected 1 or more")
+    if args.resume:
+        for name in ("device", "seed", "scale", "run_dir"):
+            old = getattr(default, name)
+            check(getattr(args, name) == old, f"--resume: expected --{name} {old}, as before")
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
     return args, resume_point
 
 
 def make_run_dir(args, name: str) -> Path:
-    """The run's folder, a new or an empty one unless it is resumed or overwritten."""
+    """The run's folder, a new or an empty one unless it is resumed or overwritten.
+
+    One that is overwritten loses what its run left.
+    """
     default = f"runs/{Path(__file__).stem}-{name}-seed{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.resume or args.run_dir or default).expanduser()
     run_dir.mkdir(parents=True, exist_ok=True)
     free = args.resume or args.overwrite or not any(run_dir.iterdir())
     check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
     if not args.resume:
-        for name in ("resume.pt", "student.pt"):  # of a run that is overwritten
-            (run_dir / name).unlink(missing_ok=True)
+        for file in ("resume.pt", "student.pt", "returns.csv", "losses.csv", "tau.csv"):
+            (run_dir / file).unlink(missing_ok=True)
     return run_dir
 
 

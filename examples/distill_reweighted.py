@@ -89,7 +89,7 @@ class Args:
     tasks: tuple[str, ...] = ("walker-stand", "walker-walk")
     """tasks of the dm_control suite, DOMAIN-TASK; the position is the task id"""
     seed: int = 1
-    """seed of the weights, the batches and the noise"""
+    """seed of the weights and the batches"""
     scale: Literal["thesis", "laptop"] = "thesis"
     """the defaults of the other flags: the thesis's, as below, or for one CPU core (LAPTOP)"""
     run_dir: str | None = None
@@ -155,7 +155,7 @@ class Args:
 
 # ------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
-    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or a Gaussian's means, log stds."""
+    """Policy, (B, in_dim) -> (B, out_dim) in [-1, 1]: actions, or means and scaled log stds."""
 
     def __init__(self, in_dim: int, out_dim: int, hidden: int):
         super().__init__()
@@ -693,19 +693,21 @@ def parse_args():
     args = tyro.cli(Args, description=__doc__)  # a first time, to know the defaults of the second
     default = Args()
     resume_point = None
-    if args.scale == "laptop":
-        default = replace(default, scale="laptop", **LAPTOP)
     if args.resume:
         path = Path(args.resume).expanduser() / "resume.pt"
         resume_point = read_pt(path, f"resume point of {Path(__file__).name}")
         default = replace(Args(**resume_point["args"]), overwrite=False)
+    elif args.scale == "laptop":
+        default = replace(default, scale="laptop", **LAPTOP)
     args = tyro.cli(Args, description=__doc__, default=default)
     check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: found no CUDA device")
     check(args.device == "cuda" or not args.cuda_graph, "--cuda-graph: expected --device cuda")
-    for name in ("device", "seed", "scale", "run_dir"):
-        old = getattr(default, name)
-        same = getattr(args, name) == old or not args.resume
-        check(same, f"--resume: expected --{name} {old}, as before")
+    fewest = min(args.eval_every, args.eval_episodes, args.final_eval_episodes)
+    check(fewest > 0, "--eval-every, --eval-episodes, --final-eval-episodes: expected 1 or more")
+    if args.resume:
+        for name in ("device", "seed", "scale", "run_dir"):
+            old = getattr(default, name)
+            check(getattr(args, name) == old, f"--resume: expected --{name} {old}, as before")
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
     return args, resume_point
@@ -723,15 +725,18 @@ def find_file(path: str) -> str:
 
 
 def make_run_dir(args, name: str) -> Path:
-    """The run's folder, a new or an empty one unless it is resumed or overwritten."""
+    """The run's folder, a new or an empty one unless it is resumed or overwritten.
+
+    One that is overwritten loses what its run left.
+    """
     default = f"runs/{Path(__file__).stem}-{name}-seed{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.resume or args.run_dir or default).expanduser()
     run_dir.mkdir(parents=True, exist_ok=True)
     free = args.resume or args.overwrite or not any(run_dir.iterdir())
     check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
     if not args.resume:
-        for name in ("resume.pt", "student.pt"):  # of a run that is overwritten
-            (run_dir / name).unlink(missing_ok=True)
+        for file in ("resume.pt", "student.pt", "returns.csv", "losses.csv", "tau.csv"):
+            (run_dir / file).unlink(missing_ok=True)
     return run_dir
 
 

@@ -12,6 +12,7 @@ Out: the table between the markers of docs/tasks.md, unless --tasks names some.
 
 import contextlib
 import io
+import math
 import os
 import re
 import sys
@@ -105,7 +106,7 @@ def table_row(task: str, speed: float) -> str:
     env = mop_td3_collect.make_env(task)
     (obs_dim,) = env.observation_spec()["observations"].shape
     (action_dim,) = env.action_spec().shape
-    length = int(env._step_limit)
+    length = math.ceil(env._step_limit)
     runs = outcome(chain, task, length)
     rewards = outcome(recomputed_rewards, task, obs_dim, action_dim) if runs == "yes" else ""
     return f"| {task} | {obs_dim} | {action_dim} | {length} | {speed:.0f} | {runs} | {rewards} |"

@@ -23,7 +23,10 @@ EXCEPTIONS = {
     "make_run_dir": (2, "nor are there settings in the name of its folder"),
     "Args.run_dir": (2, "the same"),
     "Args.tasks": (2, "mop_measure.py: the columns of a table"),
-    "Args.seed": (3, "of training; with TD3's initial states; of samples in mop_measure.py"),
+    "Args.seed": (
+        4,
+        "of what, four kinds: TD3, teachers, students, samples",
+    ),
     "Args.eval_every": (2, "TD3's resume points lie between two episodes"),
     "Args.final_eval_episodes": (2, "TD3 has one task and two checkpoints"),
     "Args.level": (2, "of one task, of several"),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from dm_control import suite
 
 import mop_distill as distill
@@ -189,3 +190,12 @@ def test_physics_states_that_do_not_give_the_rewards(run_main, tmp_path, states)
 def test_teachers_that_do_not_fit(run_main, tmp_path, changes, message):
     write_teacher(tmp_path / "a.pt", **changes)
     assert_stopped(run_main(oqs, "--teachers", *["a.pt"] * 4), message)
+
+
+def test_a_teacher_without_critics(run_main, tmp_path):
+    write_teacher(tmp_path / "a.pt")
+    teacher = load(tmp_path / "a.pt")
+    del teacher["critics"]
+    torch.save(teacher, "a.pt")
+    outcome = run_main(oqs, "--teachers", *["a.pt"] * 4)
+    assert_stopped(outcome, "a.pt: has no critics, as the switch needs")

@@ -248,9 +248,21 @@ def test_tau_of_the_last_step_and_measures(tmp_path):
             tmp_path, f"shift/walker-walk-medium-{states}/seed1", figures.KINDS["shift"][0], *rows
         )
     row = rows_of(tmp_path, "section52")["walker-walk medium: random90 against noise"]
-    assert row == ["above", "0.700 (1 seed)", "0.300 (1 seed)", "+0.400", "as the thesis (one seed)"]
+    assert row == [
+        "above",
+        "0.700 (1 seed)",
+        "0.300 (1 seed)",
+        "+0.400",
+        "as the thesis (one seed)",
+    ]
     row = rows_of(tmp_path, "table62")["medium MOP, layer 1 against the thesis's"]
-    assert row == ["within 0.1", "0.075 ± 0.064 (2 seeds)", "0.067", "+0.008 ± 0.064", "as the thesis"]
+    assert row == [
+        "within 0.1",
+        "0.075 ± 0.064 (2 seeds)",
+        "0.067",
+        "+0.008 ± 0.064",
+        "as the thesis",
+    ]
 
 
 def run(monkeypatch, *args):

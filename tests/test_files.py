@@ -84,6 +84,11 @@ FLAGS = [
     (td3, ["--device", "cuda"], "--device cuda: found no CUDA device"),
     (distill, ["--cuda-graph"], "--cuda-graph: expected --device cuda"),
     (td3, ["--seed", "-1"], "--seed: expected 0 or more"),
+    (td3, ["--eval-every", 0], "--eval-every, --eval-episodes, --final-eval-episodes: expected 1"),
+    (distill, ["--eval-episodes", 0], "--final-eval-episodes: expected 1 or more"),
+    (pbrl, ["--final-eval-episodes", 0], "--final-eval-episodes: expected 1 or more"),
+    (measure, ["--student", "s.pt", "--seed", "-1"], "--seed: expected 0 or more"),
+    (measure, ["--student", "s.pt", "--num-states", 3], "--num-states: expected 4 or more"),
     (td3, ["--task", "walker-fly"], "task walker-fly: not one of"),
     (td3, ["--task", "lqr-lqr_2_1"], "task lqr-lqr_2_1: its episodes have no end"),
     (distill, ["--tasks", "walker-stand", "walker-stand"], "--tasks: expected distinct tasks"),
@@ -398,10 +403,13 @@ def test_run_folders(run_main, tmp_path, monkeypatch, inputs, no_episodes):
     assert isinstance(run_main(pbrl, *TEACHER_RUN, "--overwrite"), str)
 
     Path("run/student.pt").touch()
+    Path("run/notes.txt").touch()
     distill.make_run_dir(distill.Args(resume="run"), "name")
     assert Path("run/student.pt").exists()
     distill.make_run_dir(distill.Args(run_dir="run", overwrite=True), "name")
-    assert not Path("run/student.pt").exists()  # nor is that policy
+    for name in ("student.pt", "returns.csv", "losses.csv"):  # nor are that policy, these curves
+        assert not Path(f"run/{name}").exists()
+    assert Path("run/notes.txt").exists()
 
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     run_dir = distill.make_run_dir(distill.Args(run_dir="~/x"), "name")
@@ -468,7 +476,11 @@ def test_resume_points_of_another_run(run_main, inputs, no_episodes):
     assert_stopped(run_main(pbrl, "--resume", "run", "--overwrite"), message)
     resume = ["--resume", "run", "--overwrite", "--gradient-steps", 4]
     other = ["--task", "walker-walk", "--data", "w.npz"]
-    assert_stopped(run_main(pbrl, *resume, *other), "--resume: expected the same task")
+    assert_stopped(run_main(pbrl, *resume, *other), "--resume: expected the same --task")
+    outcome = run_main(pbrl, *resume, "--common-seed")
+    assert_stopped(outcome, "--resume: expected the same --common-seed")
+    outcome = run_main(pbrl, *resume, "--actor", "gaussian")
+    assert_stopped(outcome, "--resume: expected the same --actor")
     for flag, old, new in [("seed", 1, 2), ("scale", "thesis", "laptop"), ("run_dir", "run", "b")]:
         outcome = run_main(pbrl, *resume, f"--{flag}", new)
         assert_stopped(outcome, f"--resume: expected --{flag} {old}, as before")
@@ -484,7 +496,7 @@ def test_resume_points_of_another_run(run_main, inputs, no_episodes):
     kind = "resume point of mop_td3_collect.py"
     torch.save({"kind": kind, "args": vars(td3.Args())}, "run/resume.pt")
     outcome = run_main(td3, "--resume", "run", "--task", "walker-stand", *TINY)
-    assert_stopped(outcome, "--resume: expected the same task")
+    assert_stopped(outcome, "--resume: expected the same --task")
     outcome = run_main(td3, "--resume", "run", "--policy", "teacher.pt")
     assert_stopped(outcome, "--resume: expected no --policy")
     run_main(distill, *STUDENT, "--gradient-steps", 2, "--run-dir", "student")
@@ -493,7 +505,9 @@ def test_resume_points_of_another_run(run_main, inputs, no_episodes):
     run_main(ds, *SHARED, "--gradient-steps", 2, "--run-dir", "shared", "--overwrite")
     other = ["--task", "walker-stand", "--output", "other.pt"]
     outcome = run_main(ds, "--resume", "shared", *other)
-    assert_stopped(outcome, "--resume: expected the same task")
+    assert_stopped(outcome, "--resume: expected the same --task")
+    outcome = run_main(ds, "--resume", "shared", "--common-seed", "--overwrite")
+    assert_stopped(outcome, "--resume: expected the same --common-seed")
 
 
 def resume_time() -> int:

@@ -180,7 +180,7 @@ FLAGS = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)]
 class World:
     """A small made-up world with dm_control's interface: environment, task and physics in one."""
 
-    _step_limit = 20
+    _step_limit = 19.5  # the first step beyond ends the episode: 20 steps
 
     def __init__(self, name):
         self.name = name
@@ -213,7 +213,7 @@ class World:
         return 0.9 * here + 0.1 * physics.control[0] ** 2
 
     def time_step(self):
-        is_last = self.time == self._step_limit
+        is_last = self.time >= self._step_limit
         return SimpleNamespace(
             observation={"observations": self.state},
             reward=self.get_reward(self),

@@ -116,7 +116,7 @@ def test_which_policy_is_the_medium_one(run_main, monkeypatch, tmp_path, case):
         found[path.stem.split("-")[2]] = load(path)["step"]
     assert found == steps
     if case == "never reached":
-        assert outcome[0] == 1 and "no medium policy: its --medium-step or -return" in outcome[1]
+        assert outcome[0] == 1 and "no medium policy: no evaluation reached" in outcome[1]
     else:
         with np.load("data/toy-up-medium-replay.npz") as data:
             assert len(data["rewards"]) == steps["medium"]
