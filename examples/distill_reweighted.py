@@ -725,16 +725,13 @@ def find_file(path: str) -> str:
 
 
 def make_run_dir(args, name: str) -> Path:
-    """The run's folder, a new or an empty one unless it is resumed or overwritten.
-
-    One that is overwritten loses what its run left.
-    """
+    """The run's folder, a new or an empty one unless it is resumed or overwritten."""
     default = f"runs/{Path(__file__).stem}-{name}-seed{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.resume or args.run_dir or default).expanduser()
     run_dir.mkdir(parents=True, exist_ok=True)
     free = args.resume or args.overwrite or not any(run_dir.iterdir())
     check(free, f"--run-dir {run_dir}: not empty; pass --overwrite, or --resume {run_dir}")
-    if not args.resume:
+    if not args.resume:  # what an overwritten run left
         for file in ("resume.pt", "student.pt", "returns.csv", "losses.csv", "tau.csv"):
             (run_dir / file).unlink(missing_ok=True)
     return run_dir
