@@ -347,7 +347,7 @@ def layer_taus(student: Actor, obs: Tensor, code, other_code) -> list[Tensor]:
 
 
 # -------------------------------------------------------------------------------------- weights
-def behavior_values(data: dict, args, device) -> Tensor:
+def behavior_values(data: dict, args) -> Tensor:
     """Q^B(s, a) of the data's own actions, (N,), learned by temporal differences.
 
     The target of a row is r + gamma Q(s', a') with the next row's action a'. The last row of an
@@ -413,7 +413,7 @@ def density_ratio(obs: Tensor, teacher_obs: Tensor, args) -> Tensor:
     return torch.cat(logits).exp().clamp(max=MAX_RATIO)
 
 
-def state_weights(data: dict, teacher: dict, teacher_obs, args, device) -> Tensor:
+def state_weights(data: dict, teacher: dict, teacher_obs, args) -> Tensor:
     """Weights of the data's states, (N,), of mean 1. teacher_obs: (M, obs), for density only."""
     obs = torch.from_numpy(data["observations"]).to(args.device)
     if args.weights == "none":
@@ -431,7 +431,7 @@ def state_weights(data: dict, teacher: dict, teacher_obs, args, device) -> Tenso
                 values.append(q_values(critics, part, action).min(dim=0).values)
         weights = torch.cat(values).clamp(min=0)
         if args.weights == "q-ratio":
-            weights = weights / behavior_values(data, args, device).clamp(min=MIN_VALUE)
+            weights = weights / behavior_values(data, args).clamp(min=MIN_VALUE)
     check(weights.mean() > 0, f"--weights {args.weights}: every state has weight 0")
     return weights / weights.mean()
 
@@ -476,11 +476,11 @@ def main():
     data_paths = args.data or [find_file(f"data/{x}.npz") for x in names]
     check(len(data_paths) == num_tasks, "--data: expected one file per task")
 
-    teacher_data_paths = args.teacher_data
-    if args.weights == "density" and not teacher_data_paths:
+    if args.weights == "density" and not args.teacher_data:
         online = [f"data/{Path(path).stem}-online.npz" for path in teacher_paths]
-        teacher_data_paths = [find_file(path) for path in online]
-    fits = len(teacher_data_paths) in (0, num_tasks)
+        args.teacher_data = tuple(find_file(path) for path in online)
+    args.teacher_data = tuple(map(os.path.abspath, args.teacher_data))  # as in a resume point
+    fits = len(args.teacher_data) in (0, num_tasks)
     check(fits, "--teacher-data: expected one file per task")
 
     # states, their weights, and what the frozen teachers say about them
@@ -513,10 +513,10 @@ def main():
         teacher_obs = None
         if args.weights == "density":
             teacher_data = load_dataset(
-                teacher_data_paths[i], task, teacher["level"], obs_dim, action_dim
+                args.teacher_data[i], task, teacher["level"], obs_dim, action_dim
             )
             teacher_obs = teacher_data["observations"]
-        weights = state_weights(data, teacher, teacher_obs, args, args.device).double()
+        weights = state_weights(data, teacher, teacher_obs, args).double()
         cumulative_weights.append(weights.cumsum(dim=0))
         effective_share = (weights.mean().square() / weights.square().mean()).item()
         print(f"  weights {args.weights}: effective share of the states {effective_share:.3f}")
@@ -668,7 +668,6 @@ def main():
             files = {
                 "data": tuple(map(os.path.abspath, data_paths)),
                 "teachers": tuple(map(os.path.abspath, teacher_paths)),
-                "teacher_data": tuple(map(os.path.abspath, teacher_data_paths)),
             }
             resume_point = {
                 "kind": f"resume point of {Path(__file__).name}",

@@ -408,6 +408,9 @@ def main():
         "losses": [["step", "metric", "value"]],
     }
     if resume_point:
+        for name in ("tasks", "actor"):
+            same = resume_point["args"][name] == getattr(args, name)
+            check(same, f"--resume: expected the same --{name}")
         start = resume_point["step"]
         rows = resume_point["rows"]
         for name, part in trained.items():

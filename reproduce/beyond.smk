@@ -139,7 +139,9 @@ rule td3:
         flags=lambda w: training(f"td3 {w.task}", "td3"),
     shell:
         "(cd {WORK}; go {params.run} {PYTHON} {ROOT}/mop_td3_collect.py --task {wildcards.task}"
-        " {params.flags} --datasets --overwrite --threads {threads}) >> {log} 2>&1"
+        " {params.flags} --datasets --overwrite --threads {threads}) >> {log} 2>&1; "
+        "{RECORD} {RESULTS}/behavior/{wildcards.task}-medium.csv {output.medium}; "
+        "{RECORD} {RESULTS}/behavior/{wildcards.task}-expert.csv {output.expert}"
 
 
 rule behavior:
@@ -189,6 +191,32 @@ rule teacher:
         " --level {wildcards.level} --data {input.data} --seed {wildcards.seed} {params.flags}"
         " --output {output.pt} --overwrite --threads {threads} >> {log} 2>&1; "
         "{RECORD} {output.csv} {params.run}/returns.csv {output.pt}"
+
+
+if SCALE == "laptop":  # of the most data the walker's teachers are those of Snakefile
+    ruleorder: same_checkpoint > same_result > teacher
+
+    rule same_checkpoint:  # of the teacher that students learn from
+        input:
+            str(ROOT / "pretrained/{task}-{level}-teacher.pt"),
+        output:
+            f"{WORK}/teacher/{{task}}-{{level}}-{MOST}/seed1.pt",
+        wildcard_constraints:
+            task="walker-stand|walker-walk",
+        localrule: True
+        shell:
+            "cp {input} {output}"
+
+    rule same_result:
+        input:
+            str(ROOT / "docs/results/laptop/teacher/{task}-{level}/seed{seed}.csv"),
+        output:
+            f"{RESULTS}/teacher/{{task}}-{{level}}-{MOST}/seed{{seed}}.csv",
+        wildcard_constraints:
+            task="walker-stand|walker-walk",
+        localrule: True
+        shell:
+            "cp {input} {output}"
 
 
 def student_inputs(w):

@@ -30,6 +30,7 @@ CONFIG = yaml.safe_load((ROOT / "reproduce/beyond.yaml").read_text())
 AMOUNTS = CONFIG["transitions"]
 MOST = max(AMOUNTS)
 WIDTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)
+SHIFTED = (("random99", "medium"), ("random90", "medium"), ("offline", "medium-replay"))
 
 
 @dataclass
@@ -195,6 +196,25 @@ def wide_table(results: Path, laptop: Path) -> str:
     return markdown(lines)
 
 
+def reweighting_table(results: Path, laptop: Path) -> str:
+    """Small students by the weights of their states, and of the teachers' own states alone."""
+    weights = ("value", "q-ratio", "density")
+    columns = ["task", "data", "states", "width", "no weights", *weights, "the teachers' own"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for task in CONFIG["groups"]["walker"]:
+        for states, level in SHIFTED:
+            for width in WIDTHS[:3]:
+                name = f"student/mse-none-{width}-{{}}-{level}-{level}"
+                folders = [laptop / name.format(states)]
+                for weight in weights:
+                    folders.append(results / f"reweighted/{weight}-{width}-{states}-{level}")
+                folders.append(laptop / name.format("online"))
+                cells = [text(over_seeds(folder, task)) for folder in folders]
+                if any(cells[1:-1]):
+                    lines.append(f"| {task} | {level} | {states} | {width} | {' | '.join(cells)} |")
+    return markdown(lines)
+
+
 def draw_domains(results: Path, path: Path) -> None:
     """Per task the returns of behaviour, teachers and students side by side."""
     found = defaultdict(list)  # name of the bar -> (mean, half the interval) of each task
@@ -259,7 +279,8 @@ def draw_amount(results: Path, path: Path) -> None:
     panels[0].set_ylabel("return, % of the behaviour's")
     handles = {}
     for ax in panels:
-        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles[label] = handle
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, frameon=False)
     if drawn:
         figure.savefig(path)
@@ -275,6 +296,7 @@ def main():
         "sharing": sharing_table(results),
         "amount": amount_table(results),
         "wide": wide_table(results, docs / "results/laptop"),
+        "reweighting": reweighting_table(results, docs / "results/laptop"),
     }
     page = docs / "beyond.md"
     made = {f"table {name}": table for name, table in tables.items()}

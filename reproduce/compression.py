@@ -152,8 +152,8 @@ def main():
             ax.set_xlim(0, 1.1 * max(x))
         else:
             ax.set_xscale("log")
-            for width in WIDTHS[:6]:
-                ax.text(parameters[width], 3, width, ha="center", fontsize=8)
+            for width in WIDTHS:
+                ax.text(parameters[width], 3, width, ha="center", fontsize=8, clip_on=True)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     panels[0].axvline(both_teachers, color="0", linestyle="--", label="both teachers")

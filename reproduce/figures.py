@@ -151,8 +151,10 @@ def final(data, quantity: str) -> dict[int, float] | float | None:
     """seed -> value; a number if the quantity is a constant; None or {} if it was not run."""
     if " | " in quantity:
         constant, sample = (final(data, part) for part in quantity.split(" | "))
-        best = {seed: max(constant, y) for seed, y in sample.items()} if constant else None
-        return constant if best and set(best.values()) == {constant} else best
+        if constant is None or not sample:
+            return None
+        best = {seed: max(constant, y) for seed, y in sample.items()}
+        return constant if set(best.values()) == {constant} else best
     if re.fullmatch(r"[\d.]+", quantity):
         return float(quantity)
     quantity, _, seed = quantity.partition("#")
@@ -386,12 +388,12 @@ def by_level(data, lines):
 
 
 def by_task(data, lines, level="medium", teachers=None, tau=False):
-    teachers = {k: f"{v}/{{}}-{level}#1" for k, v in (teachers or {"teacher": "teacher"}).items()}
+    teachers = teachers or {"teacher": "teacher"}
     panels = [
         (
             f"{t}, {level}",
             {k: f"{v}?task={t}" for k, v in lines.items()},
-            {k: v.format(t) for k, v in teachers.items()},
+            {k: f"{v}/{t}-{level}#1" for k, v in teachers.items()},
         )
         for t in TASKS
     ]
@@ -470,14 +472,13 @@ def fig63(data):
     figure, axes = grid(2, titles, "neuron", ylabels * (len(panels) // 2))
     for ax, (level, layer, order) in zip(axes, panels, strict=True):
         rows = found[level][min(found[level])]
-        means = [
-            np.array([r["y"] for r in rows if (r["task"], r["layer"]) == (t, layer)]) for t in TASKS
-        ]
-        neurons = (
-            np.argsort(means[0], kind="stable")
-            if order == "sorted by stand"
-            else np.arange(len(means[0]))
-        )
+        means = []
+        for task in TASKS:
+            of_task = [row["y"] for row in rows if (row["task"], row["layer"]) == (task, layer)]
+            means.append(np.array(of_task))
+        neurons = np.arange(len(means[0]))
+        if order == "sorted by stand":
+            neurons = np.argsort(means[0], kind="stable")
         for i, mean in enumerate(means):
             (line,) = ax.plot(
                 mean[neurons], "+."[i], color=COLOURS[i], markersize=(5, 3)[i], label=TASKS[i]

@@ -36,6 +36,9 @@ old
 <!-- table wide -->
 old
 <!-- end -->
+<!-- table reweighting -->
+old
+<!-- end -->
 The end.
 """
 
@@ -113,6 +116,23 @@ def test_amount_of_data(lines, tmp_path):
     assert "| 30,000 | walker-walk | medium | 60.0 (1) |  |" in lines
     assert (tmp_path / "amount.png").stat().st_size > 5000
     assert "| walker-walk | 500.0 |  |  |  |" in lines  # of three tasks
+
+
+def test_students_by_the_weights_of_their_states(tmp_path, monkeypatch):
+    laptop = tmp_path / "results/laptop/student"
+    for states, value in (("random90", 100), ("online", 300)):
+        folder = laptop / f"mse-none-32-{states}-medium-medium"
+        write_returns(folder / "seed1.csv", walker__stand=value, walker__walk=0)
+    folder = tmp_path / "results/beyond/reweighted/q-ratio-32-random90-medium"
+    write_returns(folder / "seed1.csv", walker__stand=50, walker__walk=0)
+    write(folder / "seed1-weights.csv", ["task"], [["walker-stand"]])
+    (tmp_path / "beyond.md").write_text(PAGE)
+    monkeypatch.setattr(sys, "argv", ["beyond_figures.py", "--docs", str(tmp_path)])
+    figures.main()
+    lines = (tmp_path / "beyond.md").read_text().splitlines()
+    cells = "100.0 (1) |  | 50.0 (1) |  | 300.0 (1)"
+    assert f"| walker-stand | medium | random90 | 32 | {cells} |" in lines
+    assert not any("| random99 |" in line for line in lines)
 
 
 def test_losses_of_wide_students(tmp_path, monkeypatch):

@@ -502,6 +502,10 @@ def test_resume_points_of_another_run(run_main, inputs, no_episodes):
     run_main(distill, *STUDENT, "--gradient-steps", 2, "--run-dir", "student")
     outcome = run_main(distill, "--resume", "student", "--states", "online")
     assert_stopped(outcome, "--resume: expected the same --states")
+    run_main(naive, *NAIVE, "--gradient-steps", 2, "--run-dir", "naive", "--overwrite")
+    other = ["--tasks", "walker-walk", "walker-stand", "--data", "w.npz", "d.npz"]
+    outcome = run_main(naive, "--resume", "naive", *other, "--overwrite")
+    assert_stopped(outcome, "--resume: expected the same --tasks")
     run_main(ds, *SHARED, "--gradient-steps", 2, "--run-dir", "shared", "--overwrite")
     other = ["--task", "walker-stand", "--output", "other.pt"]
     outcome = run_main(ds, "--resume", "shared", *other)

@@ -27,7 +27,7 @@ def test_value_of_the_behaviour():
     }
     args = reweighted.Args(weight_steps=3000, gamma=0.5)
     torch.manual_seed(0)
-    found = reweighted.behavior_values(data, args, "cpu").numpy()
+    found = reweighted.behavior_values(data, args).numpy()
     for start in range(4):
         expected = sum(0.5**k * reward[(start + k) % 4] for k in range(60))
         np.testing.assert_allclose(found[start::4], expected, atol=0.03)
@@ -45,7 +45,7 @@ def test_value_of_the_behaviour_at_a_terminal():
     }
     args = reweighted.Args(weight_steps=2000, gamma=0.5)
     torch.manual_seed(0)
-    found = reweighted.behavior_values(data, args, "cpu").numpy()
+    found = reweighted.behavior_values(data, args).numpy()
     np.testing.assert_allclose(found[0::2], 1.5, atol=0.03)
     np.testing.assert_allclose(found[1::2], 1.0, atol=0.03)
 
@@ -94,11 +94,11 @@ def test_weights_by_value(log_std, monkeypatch, tmp_path):
     expected["q-ratio"] = expected["value"] / np.maximum(behavior.numpy(), 0.1)
     for name, weights in expected.items():
         args = reweighted.Args(weights=name)
-        found = reweighted.state_weights(data, teacher, None, args, "cpu")
+        found = reweighted.state_weights(data, teacher, None, args)
         np.testing.assert_allclose(found, weights / weights.mean(), rtol=1e-4, atol=1e-6)
     teacher["critics"]["b3"] -= 1000  # no value is positive
     with pytest.raises(SystemExit, match="--weights value: every state has weight 0"):
-        reweighted.state_weights(data, teacher, None, reweighted.Args(weights="value"), "cpu")
+        reweighted.state_weights(data, teacher, None, reweighted.Args(weights="value"))
 
 
 def test_a_teacher_without_critics(run_main, no_episodes):
@@ -140,13 +140,16 @@ def test_run(weights, run_main, no_episodes, tmp_path):
     assert outcome[0] == 1 and "--teacher-data: expected one file per task" in outcome[1]
     out = run_main(reweighted, *tiny, "--gradient-steps", 10, "--run-dir", "whole")
     assert out.count("of the teacher's own episodes: 50.0% of the states") == 2
-    run_main(reweighted, *tiny, "--gradient-steps", 5, "--run-dir", "parts")
+    online = ["--teacher-data"]
+    for task in ("walker-stand", "walker-walk"):
+        online.append(f"data/{task}-medium-teacher-online.npz")
+    run_main(reweighted, *tiny, "--gradient-steps", 5, "--run-dir", "parts", *online)
     weights_before = Path("parts/weights.csv").read_text()
     for flag, value in (("--states", "online"), ("--weight-steps", 30), ("--gamma", 0.5)):
         outcome = run_main(reweighted, "--resume", "parts", flag, value)
         assert outcome[0] == 1 and f"--resume: expected the same {flag}" in outcome[1]
     assert Path("parts/weights.csv").read_text() == weights_before
-    run_main(reweighted, "--resume", "parts", "--gradient-steps", 10)
+    run_main(reweighted, "--resume", "parts", "--gradient-steps", 10, *online)
     with open("whole/weights.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["task"] for row in rows] == ["walker-stand", "walker-walk"]
