@@ -692,8 +692,15 @@ def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> 
         check(fits, f"{path}: {name}: expected {dtype} {shape}, found {array.dtype} {array.shape}")
         data[name] = np.ascontiguousarray(array, dtype)
         check(np.isfinite(data[name]).all(), f"{path}: {name}: found NaN or infinite values")
-    check(np.abs(data["actions"]).max() <= 1, f"{path}: expected actions in [-1, 1]")
+    check(num_rows > 0, f"{path}: expected transitions, found none")
+    largest = np.abs(data["actions"]).max()
+    check(largest <= 1, f"{path}: expected actions in [-1, 1], found {largest} in size")
     data["timeouts"][-1] = not data["terminals"][-1]  # the last row ends an episode, too
+    ends = data["terminals"] | data["timeouts"]
+    follows = (data["observations"][1:] == data["next_observations"][:-1]).all(axis=1)
+    num_breaks = (~follows & ~ends[:-1]).sum()
+    expected = "next_observations: within an episode expected the next row's observations"
+    check(num_breaks == 0, f"{path}: {expected}, found others in {num_breaks} rows")
     return data
 
 

@@ -354,8 +354,11 @@ def main():
     rewards = transitions["rewards"]
     transitions["cloning_weights"] = cloning_weights(rewards, ends, args.bc_temperature)
     num_transitions = len(rewards)
-    data_return = rewards.sum().item() / ends.sum().item()
+    num_episodes = ends.sum().item()
+    num_terminal = transitions["terminals"].sum().item()
+    data_return = rewards.sum().item() / num_episodes
     print(f"{data_path}: {num_transitions} transitions, return {data_return:.1f}")
+    print(f"  {num_episodes} episodes, {num_terminal} ended by the task, the others by time")
     suffix = "teacher" if args.actor == "deterministic" else f"teacher-{args.actor}"
     output = Path(args.output or f"checkpoints/{args.task}-{args.level}-{suffix}.pt").expanduser()
     check_output(output, args)
@@ -668,8 +671,15 @@ def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> 
         check(fits, f"{path}: {name}: expected {dtype} {shape}, found {array.dtype} {array.shape}")
         data[name] = np.ascontiguousarray(array, dtype)
         check(np.isfinite(data[name]).all(), f"{path}: {name}: found NaN or infinite values")
-    check(np.abs(data["actions"]).max() <= 1, f"{path}: expected actions in [-1, 1]")
+    check(num_rows > 0, f"{path}: expected transitions, found none")
+    largest = np.abs(data["actions"]).max()
+    check(largest <= 1, f"{path}: expected actions in [-1, 1], found {largest} in size")
     data["timeouts"][-1] = not data["terminals"][-1]  # the last row ends an episode, too
+    ends = data["terminals"] | data["timeouts"]
+    follows = (data["observations"][1:] == data["next_observations"][:-1]).all(axis=1)
+    num_breaks = (~follows & ~ends[:-1]).sum()
+    expected = "next_observations: within an episode expected the next row's observations"
+    check(num_breaks == 0, f"{path}: {expected}, found others in {num_breaks} rows")
     return data
 
 

@@ -359,11 +359,12 @@ def time_loop(module, argv: list, products: list, args, tasks: int, overhead, pe
 def made_up_dataset(path: Path, task: str, n: int) -> Path:
     """A dataset file in the scripts' format, random rows."""
     rng = np.random.default_rng(0)
+    obs = rng.standard_normal((n + 1, OBS), np.float32)
     arrays = {
-        "observations": rng.standard_normal((n, OBS), np.float32),
+        "observations": obs[:-1],
         "actions": rng.uniform(-1, 1, (n, ACT)).astype(np.float32),
         "rewards": rng.uniform(0, 1, n).astype(np.float32),
-        "next_observations": rng.standard_normal((n, OBS), np.float32),
+        "next_observations": obs[1:],
         "terminals": np.zeros(n, bool),
         "timeouts": np.arange(1, n + 1) % 1000 == 0,
         "physics": rng.standard_normal((n, 18)),

@@ -107,15 +107,19 @@ def script(name: str, *args, cwd, **kwargs) -> subprocess.CompletedProcess:
 
 
 def make_arrays(n=200, obs_dim=24, action_dim=6, state_dim=18, seed=0) -> dict:
-    """Random arrays in the dataset format."""
+    """Random arrays in the dataset format: episodes of 100 rows, with a state after the last."""
     rng = np.random.default_rng(seed)
+    obs = rng.standard_normal((n, obs_dim)).astype(np.float32)
+    timeouts = np.arange(1, n + 1) % 100 == 0
+    next_obs = np.roll(obs, -1, axis=0)
+    next_obs[timeouts] = rng.standard_normal((timeouts.sum(), obs_dim))
     return {
-        "observations": rng.standard_normal((n, obs_dim)).astype(np.float32),
+        "observations": obs,
         "actions": rng.uniform(-1, 1, (n, action_dim)).astype(np.float32),
         "rewards": rng.uniform(0, 1, n).astype(np.float32),
-        "next_observations": rng.standard_normal((n, obs_dim)).astype(np.float32),
+        "next_observations": next_obs,
         "terminals": np.zeros(n, bool),
-        "timeouts": np.arange(1, n + 1) % 100 == 0,
+        "timeouts": timeouts,
         "physics": rng.standard_normal((n, state_dim)),
     }
 

@@ -123,6 +123,7 @@ def line(tmp_path, monkeypatch, run_main):
         arrays["observations"] = s.astype(np.float32)
         arrays["actions"] = action.astype(np.float32)
         arrays["next_observations"] = next_s.astype(np.float32)
+        arrays["timeouts"][:] = True  # every row an episode, so that states can be drawn alone
         arrays["physics"] = next_s
         arrays["rewards"] = line_reward(task, next_s)[:, 0].astype(np.float32)
         write_dataset(tmp_path / f"data/{task}-medium.npz", task, arrays)

@@ -164,7 +164,7 @@ DATASETS = [
     ({"rewards": np.zeros(199, np.float32)}, {}, "expected float32 (199, 24), found float32"),
     ({"observations": np.zeros(200, np.float32)}, {}, "observations: expected float32 (200, 24)"),
     ({"actions": np.zeros((200, 6), int)}, {}, "actions: expected float32 (200, 6), found int64"),
-    ({"actions": np.full((200, 6), 1.5, np.float32)}, {}, "expected actions in [-1, 1]"),
+    ({"actions": np.full((200, 6), 1.5, np.float32)}, {}, "expected actions in [-1, 1], found 1.5"),
     ({"terminals": np.zeros(200)}, {}, "terminals: expected bool (200,), found float64"),
     ({"rewards": np.array([None] * 200)}, {}, "Object arrays cannot be loaded"),
     ({"rewards": np.zeros((200, 1), np.float32)}, {}, "rewards: expected float32 (200,), found"),
@@ -172,6 +172,9 @@ DATASETS = [
     ({}, {"task": "walker-walk"}, "expected (task, level, schema) ('walker-stand', 'medium', 1)"),
     ({}, {"level": "expert"}, "found ('walker-stand', 'expert', 1)"),
     ({}, {"schema_version": 9}, "found ('walker-stand', 'medium', 9)"),
+    ({"next_observations": make_arrays()["observations"]}, {}, "found others in 198 rows"),
+    ({"timeouts": np.zeros(200, bool)}, {}, "found others in 1 rows"),
+    (make_arrays(0), {}, "expected transitions, found none"),
 ]
 
 
