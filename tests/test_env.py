@@ -14,7 +14,7 @@ from scipy.stats import kstest, truncnorm
 
 import mop_distill as distill
 import mop_td3_collect as td3
-from conftest import ROOT, assert_stopped
+from conftest import ROOT, assert_stopped, write_teacher
 
 
 class Policy(torch.nn.Module):
@@ -91,6 +91,16 @@ def test_the_number_of_workers_and_of_episodes_does_not_matter():
         assert_same(episode, alone)
     assert_same(episodes[0], plain_episode("walker-stand", 3, codes))
     assert len(np.unique([episode["rewards"].sum() for episode in episodes])) == 3
+
+
+def test_workers_compute_as_this_process_does():
+    """With its precision of matrix products; one thread each, as there are several of them."""
+    torch.set_float32_matmul_precision("medium")
+    workers = distill.make_workers(1)
+    assert workers.submit(torch.get_float32_matmul_precision).result() == "medium"
+    assert workers.submit(torch.get_num_threads).result() == 1
+    workers.shutdown()
+    distill.make_workers.cache_clear()
 
 
 ON_ONE_CORE = """
@@ -194,3 +204,11 @@ def test_an_unstable_state_stops_td3(unstable_env, run_main):
     """There is no next state to learn from."""
     outcome = run_main(td3, "--task", "cartpole-balance", "--scale", "laptop", "--hidden", 8)
     assert_stopped(outcome, "error: step 5: cartpole-balance: Physics state is invalid.")
+
+
+def test_an_unstable_state_is_in_no_dataset(unstable_env, run_main, tmp_path):
+    path = write_teacher(tmp_path / "t.pt", "cartpole-balance", obs_dim=5, action_dim=1)
+    flags = ["--policy", path, "--num-transitions", 1000, "--output", "d.npz"]
+    outcome = run_main(td3, *flags)
+    assert_stopped(outcome, "t.pt: expected episodes of 1000 steps; the physics may be unstable")
+    assert not (tmp_path / "d.npz").exists()

@@ -161,6 +161,13 @@ def test_laptop_wins_over_defaults_and_flags_win_over_both(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", TRAINING)
+def test_threads_and_precision_are_set(name, monkeypatch):
+    parsed(monkeypatch, name, "--threads", 2, "--matmul-precision", "medium")
+    assert torch.get_num_threads() == 2
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
+@pytest.mark.parametrize("name", TRAINING)
 def test_resumed_arguments_are_defaults_and_flags_win_over_them(name, monkeypatch, tmp_path):
     stored = parsed(monkeypatch, name, "--scale", "laptop", "--seed", 7, "--run-dir", "elsewhere")
     kind = f"resume point of {TRAINING[name].__name__}.py"
@@ -367,7 +374,7 @@ def assert_returns(checkpoint, policy, task, code=()):
 
 # ----------------------------------------------------------------------------------------- TD3
 def plain_td3(task, a):
-    """a.total_timesteps steps -> networks, transitions, actor at a.medium_step, last metrics."""
+    """a.total_timesteps steps -> networks, transitions, actors at every step, last metrics."""
     torch.manual_seed(seed_of(f"{a.seed} behavior {task}"))
     actor = td3.Actor(3, 2, a.hidden, layer_norm=True)
     critics = td3.Critics(3, 2, a.hidden)
@@ -377,6 +384,7 @@ def plain_td3(task, a):
     critic_adam = Adam(critics.parameters(), a.learning_rate)
     env = World(task)
     transitions = []
+    actors = {}
     metrics = {}
     for step in range(1, a.total_timesteps + 1):
         if step % 20 == 1:
@@ -390,7 +398,7 @@ def plain_td3(task, a):
             action = actor(obs[None])[0].detach() + a.exploration_noise * torch.randn(2)
             action = action.clamp(-1, 1)
 
-        if step > a.learning_starts:
+        if step > a.learning_starts and transitions:
             rows = [transitions[k] for k in torch.randint(len(transitions), (a.batch_size,))]
             s, b, r, s2, _ = map(torch.stack, zip(*rows, strict=True))
             with torch.no_grad():
@@ -413,30 +421,37 @@ def plain_td3(task, a):
         transitions.append((obs, action, reward, next_obs, torch.from_numpy(env.get_state())))
         metrics["return/training"] += time_step.reward
         obs = next_obs
-        if step == a.medium_step:
-            medium = deepcopy(actor)
+        actors[step] = deepcopy(actor)
     networks = {
         "actor": actor,
         "critics": critics,
         "target_actor": target_actor,
         "target_critics": target_critics,
     }
-    return networks, transitions, medium, metrics
+    return networks, transitions, actors, metrics
 
 
 MORE = {"medium_step": 60, "learning_starts": 8, "policy_frequency": 2, "seed": 5}
 MORE["exploration_noise"] = 1.5  # takes actions beyond their bounds
 
 
-@pytest.mark.parametrize("more", [{"seed": 1}, MORE])
+@pytest.mark.parametrize("more", [{"seed": 1, "eval_every": 40}, MORE, {"learning_starts": 0}])
 def test_td3_equals_a_plain_loop(world, more):
-    a = SimpleNamespace(**RUN | TD3 | more)
+    a = SimpleNamespace(**RUN | TD3 | {"seed": 1} | more)
     world(td3, "--task", "toy-up", *flags(vars(a)))
-    networks, transitions, medium, metrics = plain_td3("toy-up", a)
+    networks, transitions, actors, metrics = plain_td3("toy-up", a)
     assert_resume_point(networks, atol=5e-6)
     assert losses_at(60) == pytest.approx(metrics, abs=1e-4)
-    policies = {"medium": (a.medium_step, medium), "expert": (60, networks["actor"])}
-    for level, (step, actor) in policies.items():
+    returns = {}  # of two episodes per evaluation, the last step's among them
+    for step, _, _, value in read_csv("run/returns.csv"):
+        returns.setdefault(int(step), []).append(float(value))
+    assert list(returns) == sorted({*range(a.eval_every, 61, a.eval_every), 60})
+    for step, values in returns.items():
+        episodes = td3.run_episodes(actors[step], "toy-up", [2**31, 2**31 + 1], workers=1)
+        expected = [episode["rewards"].sum() for episode in episodes]
+        assert values == pytest.approx(expected, abs=1e-4)
+    for level, step in (("medium", a.medium_step), ("expert", 60)):
+        actor = actors[step]
         checkpoint = load(f"checkpoints/toy-up-{level}-behavior.pt")
         assert_close(checkpoint["actor"], actor, atol=5e-6)
         assert checkpoint["level"] == level and checkpoint["step"] == step
@@ -581,7 +596,11 @@ def test_pbrl_equals_a_plain_loop(world, case):
     datasets = write_data(SLOPES, dict.fromkeys(SLOPES, "medium"))
     module = ds if "sources" in PBRL_CASES[case] else pbrl
     sources = PBRL_CASES[case].get("sources", ("toy-up",))
-    world(module, "--task", "toy-up", *flags(vars(a)))
+    printed = world(module, "--task", "toy-up", *flags(vars(a)))
+    if module is pbrl:
+        own = datasets["toy-up"]
+        mean_return = own["rewards"].sum() / np.count_nonzero(own["terminals"] | own["timeouts"])
+        assert f": 50 transitions, return {mean_return:.1f}\n" in printed
     stream = f" teacher toy-up from {'+'.join(sorted(sources))}"
     if "common_seed" in PBRL_CASES[case]:
         stream = ""
@@ -677,6 +696,7 @@ def assert_student(student, metrics, tasks, codes) -> dict:
 
 DISTILL_CASES = {
     "mse": {},
+    "means of Gaussian teachers": {},
     "shared": {"states": "shared"},
     "q": {"loss": "q"},
     "kl": {"loss": "kl"},
@@ -699,13 +719,14 @@ def test_distillation_equals_a_plain_loop(world, case):
     labels = []
     for i, task in enumerate(tasks):
         kind = {"kl": "teacher-gaussian", "shared": "ds-teacher"}.get(case, "teacher")
-        log_std = (-5.0, 0.0) if case == "kl" else None
+        log_std = (-5.0, 0.0) if case in ("kl", "means of Gaussian teachers") else None
         teacher = load(write_toy_teacher(f"{task}-{LEVELS[task]}-{kind}", task, i, log_std))
         critics.append(plain_critics(teacher["critics"]))
         states.append(torch.from_numpy(datasets[task]["observations"]))
         if case == "shared":
             states[i] = torch.cat([torch.from_numpy(x["observations"]) for x in datasets.values()])
-        labels.append(distill.load_actor(teacher)(states[i]))
+        label = distill.load_actor(teacher)(states[i])
+        labels.append(label if case == "kl" else label[:, :2])
     a = SimpleNamespace(**RUN | STEPS | {"seed": 4, "reg_lambda": 0.3} | DISTILL_CASES[case])
     levels = [LEVELS[task] for task in tasks]
     printed = world(distill, "--tasks", *tasks, "--level", *levels, *flags(vars(a)))

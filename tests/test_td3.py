@@ -92,6 +92,7 @@ def test_td3s_critics_equal_plain_layers():
 # ----------------------------------------------------------- the medium policy, and the datasets
 CASES = {
     "the first that reaches it": (["--medium-return", 300], {"medium": 40, "expert": 80}),
+    "the first that has it": (["--medium-return", 350], {"medium": 40, "expert": 80}),
     "by step": (["--medium-step", 60], {"medium": 60, "expert": 80}),
     "never reached": (["--medium-return", 500], {"expert": 80}),
 }
@@ -102,8 +103,8 @@ def test_which_policy_is_the_medium_one(run_main, monkeypatch, tmp_path, case):
     returns = iter([100.0, 350.0, 310.0, 400.0, 0.0, 0.0])
 
     def run_episodes(policy, task, seeds, workers):
-        value = next(returns)
-        return [{"rewards": np.array([value])} for _ in seeds]
+        spread = np.resize([-250.0, 250.0], len(seeds))  # the mean counts, no single episode
+        return [{"rewards": np.array([value])} for value in next(returns) + spread]
 
     use_world(monkeypatch)
     monkeypatch.setattr(td3, "run_episodes", run_episodes)
@@ -132,6 +133,8 @@ def test_resumed_at_its_last_step(run_main, monkeypatch, tmp_path):
     resume = ["--resume", "run", "--overwrite"]
     code, text = run_main(td3, *resume, "--medium-step", 40)
     assert code == 1 and "--medium_step: expected 20, as this run has its medium policy" in text
+    code, text = run_main(td3, *resume, "--total-timesteps", 20)
+    assert code == 1 and "--total-timesteps: 40 are already made" in text
     run_main(td3, *resume)
     steps = [load(f"checkpoints/toy-up-{x}-behavior.pt")["step"] for x in ("medium", "expert")]
     assert steps == [20, 40]
@@ -145,8 +148,8 @@ def collect(run_main, monkeypatch):
     """Collects a dataset by a policy that was not trained -> arrays, metadata, the policy."""
     use_world(monkeypatch)
 
-    def run(*flags, task="toy-up"):
-        policy = write_toy_teacher(task, task)
+    def run(*flags, task="toy-up", level="medium"):
+        policy = write_toy_teacher(task, task, level=level)
         run_main(td3, "--policy", policy, "--output", "d.npz", "--overwrite", *flags)
         with np.load("d.npz") as data:
             arrays = dict(data)
@@ -162,7 +165,7 @@ def collect(run_main, monkeypatch):
 def test_datasets(collect, mix, plain, episodes):
     """Shares of whole episodes, and how the rows fit together."""
     n = 20 * episodes
-    arrays, metadata, actor = collect("--mix", mix, "--num-transitions", n)
+    arrays, metadata, actor = collect("--mix", mix, "--num-transitions", n, "--seed", 7)
     assert {name: array.dtype.name for name, array in arrays.items()} == td3.DATASET
     assert all(len(array) == n for array in arrays.values())
     expected = actor(torch.from_numpy(arrays["observations"])).numpy()
@@ -177,6 +180,7 @@ def test_datasets(collect, mix, plain, episodes):
     after_the_action = arrays["physics"].astype(np.float32)
     np.testing.assert_array_equal(after_the_action, arrays["next_observations"])
     assert metadata["policy_episodes"] == plain and metadata["mix"] == mix
+    assert metadata["policy"] == "toy-up.pt" and metadata["seed"] == 7
     returns = arrays["rewards"].reshape(episodes, 20).sum(axis=1)
     assert metadata["episode_returns"] == pytest.approx(returns, rel=1e-5)
 
@@ -187,16 +191,18 @@ def test_the_last_episode_may_be_cut_short(collect):
     assert len(arrays["rewards"]) == 48 and len(metadata["episode_returns"]) == 3
 
 
-def test_no_two_tasks_or_mixes_start_from_the_same_states(collect):
+def test_no_two_tasks_levels_or_mixes_start_from_the_same_states(collect):
     starts = []
-    for task, mix, seed in (
-        ("toy-up", "online", 1),
-        ("toy-up", "noise", 1),
-        ("toy-down", "noise", 1),
-        ("toy-down", "noise", 2),
-        ("toy-down", "noise", 2),
+    for task, level, mix, seed in (
+        ("toy-up", "medium", "online", 1),
+        ("toy-up", "medium", "noise", 1),
+        ("toy-up", "expert", "noise", 1),
+        ("toy-down", "medium", "noise", 1),
+        ("toy-down", "medium", "noise", 2),
+        ("toy-down", "medium", "noise", 2),
     ):
-        arrays, _, _ = collect("--mix", mix, "--seed", seed, "--num-transitions", 200, task=task)
+        flags = ["--mix", mix, "--seed", seed, "--num-transitions", 200]
+        arrays, _, _ = collect(*flags, task=task, level=level)
         starts.append(arrays["observations"][::20])
-    np.testing.assert_array_equal(starts[3], starts[4])
-    assert len(np.unique(np.concatenate(starts), axis=0)) == 40
+    np.testing.assert_array_equal(starts[4], starts[5])
+    assert len(np.unique(np.concatenate(starts), axis=0)) == 50
