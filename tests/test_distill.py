@@ -14,7 +14,7 @@ from torch.distributions import Normal, kl_divergence
 import mop_distill as distill
 import mop_pbrl_teacher as pbrl
 from conftest import ROOT
-from test_loops import LEVELS, TASKS, load, read_csv, use_world, write_inputs
+from test_loops import LEVELS, TASKS, load, read_csv, use_world, write_inputs, write_toy_teacher
 
 
 def test_mse_loss_by_hand():
@@ -261,6 +261,16 @@ def test_tau_of_a_sample_of_the_visited_states(train, monkeypatch):
         train("--gradient-steps", 2, run_dir=run_dir)
     assert [len(obs.unique(dim=0)) for obs in seen] == [15] * 4
     assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])
+
+
+def test_gaussian_teachers_of_two_kinds_are_refused(train, run_main):
+    """Their outputs stand for other log stds."""
+    paths = []
+    for task, log_std in zip(TASKS, [(-5.0, 0.0), (-1.0, 1.0)], strict=True):
+        paths.append(write_toy_teacher(f"{task}-gaussian", task, log_std=log_std))
+    options = [*TWO_TASKS, "--loss", "kl", "--gradient-steps", 1, "--final-eval-episodes", 1]
+    code, text = run_main(distill, *options, "--teachers", *paths)
+    assert code == 1 and "--loss kl: expected Gaussian teachers of one kind" in text
 
 
 NAMES = {

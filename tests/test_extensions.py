@@ -68,6 +68,29 @@ def test_tasks_with_a_goal_of_each_episode_are_refused():
         ds.compute_rewards("reacher-easy", states, np.zeros((300, 2)))
 
 
+def test_a_goal_that_no_reward_shows_is_refused():
+    """The finger touches none of the targets that are drawn: all rewards are 0."""
+    with pytest.raises(SystemExit, match=r"task reacher-easy: .* on what a reset draws"):
+        ds.compute_rewards("reacher-easy", np.zeros((1, 4)), np.zeros((1, 2)))
+
+
+class GoalWorld(World):
+    """Its task keeps a goal for itself."""
+
+    def reset(self):
+        self.goal = self.random.uniform()
+        return super().reset()
+
+    def get_reward(self, physics):
+        return abs(physics.state[0] - self.goal)
+
+
+def test_a_goal_that_no_position_shows_is_refused(monkeypatch):
+    monkeypatch.setattr(ds, "make_env", GoalWorld)
+    with pytest.raises(SystemExit, match=r"task toy-up: .* on what a reset draws"):
+        ds.compute_rewards("toy-up", np.zeros((5, 3)), np.zeros((5, 2)))
+
+
 # -------------------------------------------------------------------- a line with two targets
 class LineWorld(World):
     """s' = s + 0.25 a on [-1, 1], 20 steps from near 0; the reward grows towards one end."""

@@ -3,6 +3,7 @@
 `python -m pytest -m slow tests/test_files.py` damages more files and kills more often.
 """
 
+import csv
 import os
 import pickle
 import resource
@@ -360,6 +361,23 @@ def test_a_copy_in_a_subfolder_finds_the_bundled_files(tmp_path, monkeypatch):
     assert found == str(ROOT / "pretrained/walker-stand-medium.npz")
 
 
+def test_a_file_of_ones_own_comes_before_the_bundled_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("data/walker-stand-medium.npz")
+    path.parent.mkdir()
+    path.touch()
+    assert distill.find_file(str(path)) == str(path)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_last_row_of_a_dataset_ends_an_episode(tmp_path, terminal):
+    """Also of one that was cut short: in a union another dataset follows."""
+    arrays = make_arrays(150)
+    arrays["terminals"][-1] = terminal
+    data = load_all(write_dataset(tmp_path / "d.npz", arrays=arrays))
+    assert np.flatnonzero(data["timeouts"]).tolist() == ([99] if terminal else [99, 149])
+
+
 # --------------------------------------------------------------------------------- what is there
 def test_what_exists_is_not_replaced(run_main, inputs, no_episodes):
     """Said before training."""
@@ -587,6 +605,61 @@ def test_a_learning_rate_given_to_resume_wins(run_main, inputs, no_episodes, mod
     assert optimizers
     for state in optimizers:
         assert float(state["param_groups"][0]["lr"]) == pytest.approx(1e-7)
+
+
+@pytest.mark.parametrize("module", [pbrl, ds, naive], ids=lambda module: module.__name__)
+def test_a_resumed_run_anneals_on(run_main, monkeypatch, inputs, no_episodes, module):
+    """Its learning rate falls as that of a run left alone."""
+    save = module.save
+
+    def stop_at_step_2(path, content):
+        save(path, content)
+        if path.name == "resume.pt" and content["step"] == 2:
+            raise SystemExit("stopped")
+
+    flags = [*RUNS[module], "--gradient-steps", 4, "--eval-every", 2, "--anneal", 1]
+    run_main(module, *flags, "--run-dir", "alone")
+    monkeypatch.setattr(module, "save", stop_at_step_2)
+    assert_stopped(run_main(module, *flags, "--run-dir", "run", "--overwrite"), "stopped")
+    monkeypatch.setattr(module, "save", save)
+    assert isinstance(run_main(module, "--resume", "run", "--overwrite"), str)
+    ends = [torch.load(f"{name}/resume.pt", weights_only=True) for name in ("alone", "run")]
+    for end in ends:
+        del end["args"]
+    assert equal(*ends)
+
+
+@EACH_RUN
+def test_tensorboard_has_the_curves_of_the_csv_files(
+    run_main, monkeypatch, inputs, no_episodes, module
+):
+    """A resumed run replaces what one that was killed wrote after its resume point."""
+    boards = []
+
+    class Board:
+        def __init__(self, folder, purge_step):
+            self.points = []
+            self.purge_step = purge_step
+            boards.append(self)
+
+        def add_scalar(self, name, value, step):
+            self.points.append((step, name, float(value)))
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(module, "SummaryWriter", Board)
+    flags = [*RUNS[module], "--final-eval-episodes", 3, "--run-dir", "run"]
+    run_main(module, *flags, "--gradient-steps", 2)
+    run_main(module, "--resume", "run", "--gradient-steps", 4, "--overwrite")
+    assert [board.purge_step for board in boards] == [1, 3]
+    points = boards[0].points + boards[1].points
+    with open("run/losses.csv") as file:
+        losses = [(int(step), name, float(y)) for step, name, y in list(csv.reader(file))[1:]]
+    assert [x for x in points if not x[1].startswith(("return/", "tau/"))] == losses
+    means = [(step, value) for step, name, value in points if name.startswith("return/")]
+    assert {step for step, _ in means} == {2, 4}
+    assert [value for _, value in means] == pytest.approx([1.0] * len(means))  # of 0, 1, 2
 
 
 def test_ctrl_c_during_an_evaluation_leaves_no_process_behind(inputs):
