@@ -134,6 +134,52 @@ def test_known_activations_and_their_measures():
         assert row["average"]["tau_a"] == pytest.approx(0)
 
 
+def test_three_tasks_pair_by_pair():
+    """Every pair under its own ids, averages over the states of its own tasks."""
+    states = [[1.0, 3.0, 5.0], [5.0, 2.5, 1.5], [3.0, 0.5, 2.2]]
+    visited = {task: torch.tensor([state] * 2) for task, state in zip("abc", states, strict=True)}
+    codes = torch.tensor([[0.0], [1.0], [2.0]])
+    report = measure.shared_computation(known_student(), codes, visited, measure.Args())
+    pairs = [[0, 1], [0, 2], [1, 2]]
+    assert [row["ids"] for row in report["shared_computation"]] == np.repeat(pairs, 2, 0).tolist()
+    for row in report["shared_computation"]:
+        i, j = row["ids"]
+        average = plain_tau_a([*states[i], 2 * i], [*states[j], 2 * j])
+        assert row["average"]["tau_a"] == pytest.approx(average)
+        per_state = np.mean([plain_tau_a([*s, 2 * i], [*s, 2 * j]) for s in states])
+        assert row["per_state"]["tau_a"]["mean"] == pytest.approx(per_state)
+
+
+def test_description_of_taus():
+    found = measure.describe(torch.tensor([1.0, 3.0, torch.nan]))
+    assert found == {"mean": 2.0, "std": pytest.approx(2**0.5), "undefined": 1}
+
+
+@pytest.mark.parametrize("sort", [False, True])
+def test_order_of_the_neurons_in_the_pictures(tmp_path, monkeypatch, sort):
+    figures = []
+
+    def savefig(figure, path, **options):
+        figures.append(figure)
+        path.touch()
+
+    monkeypatch.setattr(measure.Figure, "savefig", savefig)
+    means = {"stand": [[3, 1, 2], [5, 6, 4]], "walk": [[9, 8, 7], [1, 2, 3]]}  # of two layers
+    report = {"mean_activations": means, "shared_computation": []}
+    measure.plot_activations(tmp_path / "a.png", report, sort)
+    lines = {}
+    for layer, axes in enumerate(figures[0].axes):
+        for line in axes.lines:
+            lines[line.get_label(), layer] = line.get_ydata().tolist()
+    expected = {
+        ("stand (id 0)", 0): [1, 2, 3] if sort else [3, 1, 2],
+        ("stand (id 0)", 1): [4, 5, 6] if sort else [5, 6, 4],
+        ("walk (id 1)", 0): [8, 7, 9] if sort else [9, 8, 7],
+        ("walk (id 1)", 1): [3, 1, 2] if sort else [1, 2, 3],
+    }
+    assert lines == expected
+
+
 # ---- CKA
 def kernel_cka(x, y, debiased):
     """With n x n kernels: Song et al. 2012, or biased as in Kornblith et al. 2019."""
@@ -233,6 +279,52 @@ def test_divergences_of_the_exact_log_ratio():
     assert found["kl_ba"]["value"] == pytest.approx(0.5, abs=0.01)
     assert found["kl_ab"]["error"] == pytest.approx(1 / np.sqrt(n), rel=0.02)
     assert found["accuracy"] == pytest.approx(stats.norm.cdf(0.5), abs=0.003)
+
+
+def test_divergences_by_hand():
+    """Three states of A and two of B, each of an episode of its own."""
+    logit_a = np.array([2.0, -1.0, 0.5])
+    logit_b = np.array([-3.0, 1.0])
+    bits_a = 1 + np.log2(1 / (1 + np.exp(-logit_a)))
+    bits_b = 1 + np.log2(1 / (1 + np.exp(logit_b)))
+    js_error = np.sqrt(stats.sem(bits_a) ** 2 + stats.sem(bits_b) ** 2) / 2
+    expected = {
+        "js_bits": {"value": (bits_a.mean() + bits_b.mean()) / 2, "error": js_error},
+        "kl_ab": {"value": 0.5, "error": stats.sem(logit_a)},
+        "kl_ba": {"value": 1.0, "error": stats.sem(logit_b)},
+    }
+    found = measure.divergences(logit_a, logit_b, np.arange(3), np.arange(2))
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values)
+    assert found["kl_limit"] == pytest.approx(np.log(2))
+    assert found["accuracy"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+
+
+def test_the_classifier_with_the_lowest_validation_loss_is_kept(monkeypatch):
+    """Few states of one distribution: it learns them by heart, and ever less of others."""
+    rng = np.random.default_rng(0)
+    train = [torch.from_numpy(rng.standard_normal((30, 10))).float() for _ in range(2)]
+    validation = [torch.from_numpy(rng.standard_normal((200, 10))).float() for _ in range(2)]
+    losses = []
+    logistic_loss = measure.logistic_loss
+
+    def record(net, obs_a, obs_b):
+        loss = logistic_loss(net, obs_a, obs_b)
+        if not torch.is_grad_enabled():
+            losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(measure, "logistic_loss", record)
+    net = measure.train_classifier(train, validation, 0)
+    assert len(losses) == 5 and losses[-1] > 1.1 * min(losses)
+    assert logistic_loss(net, *validation).item() == pytest.approx(min(losses))
+
+
+def test_terminals_end_episodes_too(tmp_path):
+    arrays = make_arrays(300)
+    arrays["terminals"][49] = True
+    _, ends = measure.load_states(write_dataset(tmp_path / "d.npz", arrays=arrays))
+    assert np.flatnonzero(ends).tolist() == [49, 99, 199, 299]
 
 
 def test_datasets_that_do_not_overlap():
@@ -407,6 +499,16 @@ def test_tau_of_a_sample(run_main, tmp_path):
             assert found == pytest.approx(expected["mean"], abs=5 * expected["std"] / 500**0.5)
             assert rows[layer]["average"] == full[layer]["average"]
         assert sample[layer]["per_state"] != other[layer]["per_state"]
+
+
+def test_statistics_of_returns():
+    """The std is that of the episodes, not of their mean. Deviations: -4, -2, 6."""
+    episodes = [{"rewards": np.array(rewards)} for rewards in ([1.0, 2.0], [5.0], [0.0, 13.0])]
+    found = measure.return_statistics(episodes)
+    assert found["values"] == [3.0, 5.0, 13.0] and found["episodes"] == 3
+    assert found["mean"] == pytest.approx(7.0)
+    assert found["std"] == pytest.approx((56 / 3) ** 0.5)
+    assert measure.text_of(found) == "7.0 +- 4.3"
 
 
 def test_nan_becomes_null():

@@ -1,6 +1,7 @@
 """examples/distill_reweighted.py: the weights against formulas, the draws, and a run of each."""
 
 import csv
+import zlib
 from pathlib import Path
 
 import distill_reweighted as reweighted
@@ -69,6 +70,50 @@ def test_draws_follow_the_weights():
     counts = np.bincount(index, minlength=5)
     assert counts[1] == counts[4] == 0
     assert chisquare(counts[[0, 2, 3]], [10_000, 30_000, 20_000]).pvalue > 0.001
+
+
+def test_a_run_draws_by_the_weights(run_main, monkeypatch, no_episodes, tmp_path):
+    """One state of each task has all the weight: the first loss is that of this state."""
+    rows = {"walker-stand": 5, "walker-walk": 7}
+
+    def weights_of_one(data, teacher, teacher_obs, args):
+        weights = torch.zeros(200)
+        weights[rows[teacher["tasks"][0]]] = 200
+        return weights
+
+    monkeypatch.setattr(reweighted, "state_weights", weights_of_one)
+    teachers = []
+    data = []
+    for i, task in enumerate(rows):
+        teachers.append(write_teacher(tmp_path / f"{task}.pt", task, seed=i))
+        data.append(write_dataset(tmp_path / f"{task}.npz", task, make_arrays(seed=i)))
+    flags = ["--data", *data, "--teachers", *teachers, "--hidden", 8, "--device", "cpu"]
+    flags += ["--gradient-steps", 1, "--final-eval-episodes", 1]
+    run_main(reweighted, *flags, "--run-dir", "run")
+    with open("run/losses.csv") as file:
+        losses = {row["metric"]: float(row["value"]) for row in csv.DictReader(file)}
+    torch.manual_seed(zlib.crc32(b"1 student"))
+    student = reweighted.Actor(25, 6, 8)
+    for i, (task, row) in enumerate(rows.items()):
+        obs = torch.from_numpy(make_arrays(seed=i)["observations"][row])
+        teacher = reweighted.load_actor(torch.load(teachers[i], weights_only=True))
+        difference = teacher(obs) - student(torch.cat([obs, torch.tensor([float(i)])]))
+        expected = difference.square().sum().item()
+        assert losses[f"loss/mse/{task}"] == pytest.approx(expected, rel=1e-4)
+    with open("run/weights.csv") as file:
+        shares = [float(row["effective_share"]) for row in csv.DictReader(file)]
+    assert shares == pytest.approx([1 / 200] * 2)
+
+
+def test_weights_by_density():
+    """Where the teacher's states are denser than the data's the weight is higher, 1 on average."""
+    torch.manual_seed(0)
+    obs = torch.randn(2000, 1).numpy()
+    args = reweighted.Args(weights="density", weight_steps=500, device="cpu")
+    teacher_obs = torch.randn(3000, 1).numpy() + 1
+    weights = reweighted.state_weights({"observations": obs}, {}, teacher_obs, args)
+    assert weights.shape == (2000,) and weights.mean().item() == pytest.approx(1.0)
+    assert np.corrcoef(weights.log(), obs[:, 0])[0, 1] > 0.9
 
 
 @pytest.mark.parametrize("log_std", [None, [-5.0, 2.0]])
