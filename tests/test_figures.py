@@ -305,6 +305,19 @@ def test_figures_of_what_is_there(docs, monkeypatch):
         205,
         102.5,
     ]  # thousands of steps, means of seeds
+    band = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    t = stats.t.ppf(0.975, 2) / 3**0.5  # the seeds' stds are 5 and 2.5
+    assert (band.max(), band.min()) == pytest.approx((205 + 5 * t, 102.5 - 2.5 * t))
+
+    levels = []
+    for ax in figures.fig51(figures.load(results)).axes:
+        (line,) = (line for line in ax.lines if line.get_label() == "behaviour of the thesis")
+        levels.append((ax.get_title(), *line.get_ydata()[:1]))
+    assert levels[:3] == [
+        ("walker-stand, medium", 463),
+        ("walker-walk, medium", 691),
+        ("walker-stand, expert", 979),
+    ]
 
 
 def test_a_curve_ends_with_the_final_evaluation(tmp_path):

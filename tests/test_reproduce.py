@@ -384,6 +384,61 @@ def test_frozen_actor_moves_once(monkeypatch):
     assert np.allclose(critic.detach(), 0.7, atol=0.01)
 
 
+def test_record_of_returns(tmp_path):
+    """Of an evaluation in training the mean; of the last one every episode of the checkpoint."""
+    curve = "step,task,episode,return\n"
+    for step, values in ((10, (3, 5, 10)), (20, (1, 2, 9))):
+        for e, value in enumerate(values):
+            curve += f"{step},walker-stand,{e},{value}\n"
+    (tmp_path / "returns.csv").write_text(curve)
+    facts = {"step": 20, "returns": {"walker-stand": [1.0, 2.0, 9.0]}}
+    training = ("walker-stand", "training", 10, "mean", "6.00")
+    final = [("walker-stand", "final", 20, e, f"{y:.2f}") for e, y in enumerate((1, 2, 9))]
+    for kind, data_task, policy in (
+        ("student", "walker-stand", "student"),
+        ("teacher", "walker-stand", "teacher"),
+        ("teacher", "walker-walk", "from walker-walk"),
+    ):
+        path = write_teacher(tmp_path / "a.pt", kind=kind, data_tasks=[data_task], **facts)
+        found = record.returns([str(tmp_path / "returns.csv"), str(path)])
+        assert found[1:] == [(policy, *row) for row in (training, *final)]
+
+
+def test_record_of_a_measure():
+    def row(ids, start):
+        per_state = {"tau_a": {"mean": start, "std": 2.0}, "tau_b": {"mean": 3.0, "std": 4.0}}
+        average = {"tau_a": 5.0, "tau_b": None}
+        return {"ids": ids, "layer": 2, "per_state": per_state, "average": average, "cka": 6.0}
+
+    report = {"student": {"tasks": ["a", "b"]}, "shared_computation": [row([0, 1], 1.0)]}
+    expected = [
+        ("per-state tau-a", 2, 1.0, 2.0),
+        ("average tau-a", 2, 5.0, ""),
+        ("per-state tau-b", 2, 3.0, 4.0),  # the other one is undefined
+        ("cka", 2, 6.0, ""),
+    ]
+    assert record.measures(report)[1:] == expected
+    report["student"]["tasks"] = ["a", "b", "c"]
+    report["shared_computation"] = [row([0, 2], 1.0), row([1, 2], 7.0)]
+    values = {name: value for name, _, value, _ in record.measures(report)[1:]}
+    assert values["per-state tau-a 0-2"] == 1.0 and values["per-state tau-a 1-2"] == 7.0
+
+    report = {"mean_activations": {"a": [[1.0, 2.0], [3.0, 4.0]], "b": [[5.0, 6.0], [7.0, 8.0]]}}
+    found = record.activations(report)[1:]
+    assert found[:3] == [("a", 1, 0, 1.0), ("a", 1, 1, 2.0), ("a", 2, 0, 3.0)]
+    assert found[4] == ("b", 1, 0, 5.0) and len(found) == 8
+
+    table = [{"task": "a", "returns": {"a": {"values": [1.0]}, "b": {"values": [2.0, 3.5]}}}]
+    expected = [("a", "a", 0, "1.00"), ("a", "b", 0, "2.00"), ("a", "b", 1, "3.50")]
+    assert record.cross({"cross_task": table})[1:] == expected
+
+    parts = {"js_bits": (0.5, 0.1), "kl_ab": (2.0, 0.2), "kl_ba": (3.0, 0.3)}
+    shift = {name: {"value": y, "error": error} for name, (y, error) in parts.items()}
+    expected = [(name, y, error) for name, (y, error) in parts.items()]
+    found = record.shift({"shift": shift | {"accuracy": 0.9}})[1:]
+    assert found == [*expected, ("accuracy", 0.9, "")]
+
+
 def test_record_says_what_it_expects(tmp_path, monkeypatch):
     teacher = write_teacher(tmp_path / "teacher.pt")
     out = tmp_path / "a.csv"
