@@ -845,6 +845,7 @@ def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> 
     num_breaks = (~follows & ~ends[:-1]).sum()
     expected = "next_observations: within an episode expected the next row's observations"
     check(num_breaks == 0, f"{path}: {expected}, found others in {num_breaks} rows")
+    data["metadata"] = metadata
     return data
 
 

@@ -288,7 +288,7 @@ def write_data(tasks, levels=LEVELS) -> dict:
         arrays = make_arrays(n, 3, 2, 3, seed=i)
         ends = np.random.default_rng(i).random(n)
         arrays["terminals"] = ends < 0.1
-        arrays["timeouts"] = ends > 0.8
+        arrays["timeouts"] |= ends > 0.8
         arrays["timeouts"][-1] = True
         arrays["rewards"] = rewards_of(task, arrays)
         path = Path(f"data/{task}-{levels[task]}.npz")
