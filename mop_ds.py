@@ -699,8 +699,11 @@ def load_dataset(path, task: str, level: str, obs_dim: int, action_dim: int) -> 
     ends = data["terminals"] | data["timeouts"]
     follows = (data["observations"][1:] == data["next_observations"][:-1]).all(axis=1)
     num_breaks = (~follows & ~ends[:-1]).sum()
-    expected = "next_observations: within an episode expected the next row's observations"
-    check(num_breaks == 0, f"{path}: {expected}, found others in {num_breaks} rows")
+    check(
+        num_breaks == 0,
+        f"{path}: next_observations: within an episode expected the next row's observations, "
+        f"found others in {num_breaks} rows",
+    )
     return data
 
 
